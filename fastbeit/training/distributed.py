@@ -1,0 +1,169 @@
+"""Processes, devices, and how FSDP2 spreads the model over them.
+
+One process drives one device. Everything goes through ``fully_shard``, also at one rank: the fp32
+master weights, their bf16 copies and the fp32 gradient reduction are then the same code at every
+size. Modes, for W ranks: ``none`` shards over 1 and copies over W; ``zero2`` and ``zero3`` shard
+over W, the latter freeing gathered parameters after each forward; ``hybrid`` shards inside a node
+and copies across nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+BLOCKS_PER_UNIT = 3
+"""Blocks gathered and reduced together: 85 M parameters in units of one block give messages too
+small to fill a link, and one unit leaves nothing to overlap with."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+    """A gloo group of its own for flags on the CPU; never used by FSDP or by checkpoints."""
+    storage: dist.ProcessGroup
+    """A gloo group of its own for checkpoints: on the training group their collectives would
+    interleave with FSDP's."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the CPU."""
+        dist.barrier(self.control)
+
+
+def pick_device(asked: str, local_rank: int) -> torch.device:
+    """The device of this process. ``asked``: auto, cuda or cpu.
+
+    Raises:
+        ValueError: cuda asked for and absent, or fewer GPUs than processes on this machine.
+    """
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda was asked for, but PyTorch sees no CUDA GPU; run "
+            "`python -m fastbeit.doctor` to see why, or use --device auto"
+        )
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(
+            f"this machine has {gpus} GPU(s) but more processes were started on it; start "
+            f"torchrun with --nproc-per-node {gpus}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start(asked_device: str) -> World:
+    """Join the other ranks (torchrun's environment), or be alone under plain ``python -m``."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = pick_device(asked_device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=60))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=local_rank,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        device=device,
+        control=dist.new_group(backend="gloo"),
+        storage=dist.new_group(backend="gloo"),
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that nothing here draws from, in case a user's code does."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_mesh(world: World, mode: str) -> DeviceMesh:
+    """The mesh of a sharding mode; two-dimensional (replicate, shard) for none and hybrid."""
+    names = ("replicate", "shard")
+    match mode:
+        case "none":
+            return init_device_mesh(world.device.type, (world.size, 1), mesh_dim_names=names)
+        case "zero2" | "zero3":
+            return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+        case "hybrid":
+            if world.size % world.local_size:
+                raise ValueError(
+                    f"--shard hybrid needs the same number of processes on every node; got "
+                    f"{world.size} ranks with {world.local_size} on this one"
+                )
+            shape = (world.size // world.local_size, world.local_size)
+            return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+        case _:
+            raise ValueError(f"shard must be none, zero2, zero3 or hybrid, got {mode!r}")
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, *, mode: str, precision: str) -> None:
+    """Apply FSDP2 in place, so that ``model.loss`` runs in ``precision`` from fp32 masters.
+
+    The relative-position table is a unit of its own, kept in fp32: in a bf16 unit both the bias and
+    its gradient would be rounded without a word. For the same reason no unit casts its inputs.
+    """
+    low = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    exact = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    free_early = mode in {"zero3", "hybrid"}
+    if (table := getattr(model, "rel_pos", None)) is not None:
+        fully_shard(table, mesh=mesh, mp_policy=exact, reshard_after_forward=free_early)
+    blocks = list(model.blocks)  # pyright: ignore[reportArgumentType]
+    for start_block in range(0, len(blocks), BLOCKS_PER_UNIT):
+        unit = blocks[start_block : start_block + BLOCKS_PER_UNIT]
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=free_early)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "loss")
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict on the CPU, fp32, on every rank (a collective call)."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        for name, value in model.state_dict().items()
+    }
