@@ -3,8 +3,8 @@
     pip install .            # the library; also `.[gpu]`, `.[cuda12]`, `.[tracking]`, `.[dev]` ...
     make pretrain            # a virtual environment with the pinned versions, and a first training
 
-Lower bounds stand here, exact versions in constraints.txt. Why the packages are laid out and bounded
-this way: docs/decisions/0001-packaging.md.
+Lower bounds stand here, exact versions in constraints.txt. Why the packages are laid out and
+bounded this way: docs/decisions/0001-packaging.md.
 """
 
 import re
