@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastbeit.data.masks import MaskSpec, draw_masks, mask_positions
 from fastbeit.data.order import BatchSchedule, EpochOrder
 from fastbeit.data.plan import Plan, PlanSpec, draw_plan
+from fastbeit.data.source import Source, open_source
 
 if TYPE_CHECKING:
     from fastbeit.data.loader import make_loader
@@ -21,10 +22,12 @@ __all__ = [
     "MaskSpec",
     "Plan",
     "PlanSpec",
+    "Source",
     "draw_masks",
     "draw_plan",
     "make_loader",
     "mask_positions",
+    "open_source",
 ]
 
 

@@ -160,7 +160,7 @@ def draw_boxes(
     left_B = (u_BK[3][pick] * (columns_B - width_B + 1)).astype(np.int64)
     drawn_B4 = np.stack([top_B, left_B, height_B, width_B], axis=1)
     centred_B4 = _centre_boxes(rows_B, columns_B, spec.crop_ratio)
-    return np.where(fits_BK.any(axis=1)[:, None], drawn_B4, centred_B4).astype(np.int32)
+    return np.where(fits_BK.any(axis=1, keepdims=True), drawn_B4, centred_B4).astype(np.int32)
 
 
 def _centre_boxes(
