@@ -94,16 +94,23 @@ class Checkpointer:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Start saving; returns once the tensors are copied, so training may change them.
 
-        Waits for the save before it, if that is still running, and raises what went wrong there.
-        A collective call.
+        Waits for the save before it, if that is still running. Should that one have failed, its
+        OSError is raised only after this one was started: the failure may be known to one rank
+        alone, and starting is a collective call.
         """
-        self.wait()
+        failure = None
+        try:
+            self.wait()
+        except OSError as error:
+            failure = error
         writing = self.folder / f"step-{step:08d}.writing"
         future = dcp.async_save(
             dict(tensors), checkpoint_id=writing, process_group=self.world.storage
         )
         assert isinstance(future, Future)
         self._running = (future, step, {**state, "format": STATE_FORMAT, "step": step})
+        if failure is not None:
+            raise failure
 
     def poll(self) -> int | None:
         """Publish a save that has finished since; its step, or None. Never waits."""

@@ -1,0 +1,287 @@
+"""BEiT pre-training (arXiv 2106.08254): masked image modelling on discrete visual tokens.
+
+    torchrun --standalone -m fastbeit.pretrain                          # the demo, minutes on a CPU
+    torchrun --nproc-per-node 8 -m fastbeit.pretrain beit-base-in1k --data /data/imagenet/train
+    python -m fastbeit.pretrain beit-base-in1k --plan                   # what it would take
+
+The same command resumes. This file is the whole path from flags to an exported encoder, top to
+bottom; exit codes are in ``fastbeit/training/control.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastbeit import cli
+from fastbeit.batch import MimBatch
+from fastbeit.data import BatchSchedule, make_loader, open_source
+from fastbeit.data.bad import TooManyBadSamples
+from fastbeit.model import BeitForMim
+from fastbeit.tokenizer import load_tokenizer
+from fastbeit.training import checkpoint, control, distributed, layout, setup
+from fastbeit.training.chance import PositionalStats
+from fastbeit.training.config import PretrainConfig
+from fastbeit.training.cost import mfu_meter
+from fastbeit.training.finish import finish_run
+from fastbeit.training.optimizer import build_optimizer, optimizer_tensors, set_lr
+from fastbeit.training.progress import RunLog
+from fastbeit.training.schedule import cosine_schedule
+from fastbeit.training.step import TrainStep, Window
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse flags and train; returns the process's exit code."""
+    command = cli.parse(sys.argv[1:] if argv is None else argv)
+    if command.plan:
+        cli.print_plan(command)
+        return control.EXIT_OK
+    world = None
+    try:
+        world = distributed.start(command.config.run.device)
+        return train(command.config, world)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if world is None or world.is_main or world.size == 1:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return control.EXIT_USAGE
+    finally:
+        distributed.stop()
+
+
+def train(config: PretrainConfig, world: distributed.World) -> int:
+    """Run or resume ``config`` on the ranks of ``world``; returns the exit code."""
+    # 1. Data, tokenizer, and what follows from them. Wrong input ends here, before any GPU work.
+    run_dir = config.run_dir
+    saved = setup.open_run(config, world)
+    distributed.seed_everything(config.run.seed)
+    source = setup.in_turn(world, lambda: open_source(config.data.data))
+    tokenizer = load_tokenizer(
+        config.tokenizer.tokenizer,
+        device=world.device,
+        dtype=setup.DTYPES[config.tokenizer.tokenizer_precision],
+    )
+    views = setup.view_spec(config, tokenizer)
+    plan = config.plan_spec()
+    schedule = BatchSchedule(len(source), config.run.global_batch, config.run.seed)
+    total_steps = layout.total_steps(config, len(source))
+    warmup_steps = layout.warmup_steps(config, len(source))
+    micro_batch, accumulation, batch_note = layout.resolve_batch(config, world.size)
+
+    # 2. Model and optimizer, the same on every rank, spread by FSDP2.
+    model = BeitForMim(config.model, seed=config.run.seed).to(world.device)
+    if config.run.compile:
+        for block in model.blocks:
+            block.compile()
+    mesh = distributed.make_mesh(world, config.run.shard)
+    distributed.shard_model(model, mesh, mode=config.run.shard, precision=config.run.precision)
+    optimizer = build_optimizer(model, config.optimizer)
+    grid = config.model.grid
+    stats = PositionalStats(grid[0] * grid[1], config.model.vocab_size, world.device)
+    copies = mesh["replicate"].size() if "replicate" in (mesh.mesh_dim_names or ()) else 1
+    step_runner = TrainStep(
+        model,
+        optimizer,
+        lambda batch: tokenizer.encode(batch.token_images, batch.positions),
+        world,
+        slots=config.run.global_batch * plan.mask.slots,
+        clip_norm=config.optimizer.clip_norm,
+        copies=copies,
+        observe=stats.update,
+    )
+
+    # 3. Where it was left, if it was.
+    def tensors() -> dict[str, torch.Tensor]:
+        stats.fold()
+        return {
+            **{f"model.{name}": value for name, value in model.state_dict().items()},
+            **{f"optimizer.{name}": v for name, v in optimizer_tensors(optimizer).items()},
+            "chance.counts": stats.tensor,
+        }
+
+    start_step = 0
+    if saved is not None:
+        setup.restore(saved, tensors(), stats, source.fingerprint, world)
+        start_step = saved.step
+    saver = checkpoint.Checkpointer(
+        run_dir / "checkpoints", world, keep=config.run.keep_checkpoints
+    )
+    log = setup.open_log(config, world, total_steps=total_steps, start_step=start_step)
+    meter = mfu_meter(config, tokenizer, world.device)
+    loader = make_loader(
+        source,
+        plan,
+        views,
+        schedule,
+        seed=config.run.seed,
+        start_step=start_step,
+        total_steps=total_steps,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        backend=config.data.loader,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        device=world.device,
+        dtype=setup.DTYPES[config.run.precision],
+        bad_log=run_dir / "bad_samples.jsonl",
+        max_bad_fraction=config.data.max_bad_fraction,
+        max_pixels=config.data.max_pixels,
+    )
+    setup.announce(log, config, world, source, tokenizer, loader, batch_note, saved)
+
+    # 4. The loop. Nothing in it waits for the device except where "host sync" says so.
+    vote = control.StopVote(world)
+    trap = control.SignalTrap(vote, world)
+    watchdog = control.Watchdog(
+        run_dir / "heartbeats", world, limit_s=60 * config.run.stall_minutes
+    )
+    window = Window(world.device)
+    recent: deque[tuple[int, list[int]]] = deque(maxlen=config.run.nonfinite_limit + 2)
+    feed = Feed(loader, watchdog, world.device)
+    skipped = saved.state["skipped_steps"] if saved else 0
+    trained_s = saved.state["trained_s"] if saved else 0.0
+    began_s = window_s = time.perf_counter()
+    window_step = finished = start_step
+    code = control.EXIT_OK
+
+    def state() -> dict[str, Any]:
+        return {
+            "world_size": world.size,
+            "data_fingerprint": source.fingerprint,
+            "tokenizer": tokenizer.describe(),
+            "skipped_steps": skipped,
+            "trained_s": trained_s + time.perf_counter() - began_s,
+            "config": setup.config_as_json(config),
+        }
+
+    def save(step: int) -> None:
+        watchdog.at(step, "saving")
+        saver.save(step, {**tensors(), **checkpoint.rng_tensors(world)}, state())
+
+    try:
+        for step in range(start_step, total_steps):
+            lr = cosine_schedule(
+                step, config.optimizer.lr, config.optimizer.min_lr, total_steps, warmup_steps
+            )
+            set_lr(optimizer, lr)
+            result = step_runner.run(feed.take(step, accumulation), accumulation)
+            window.add(result)
+            finished = step + 1
+            recent.append((step, feed.sample_ids))
+
+            if window.streak_if_ready() >= config.run.nonfinite_limit:
+                vote.ask(control.EXIT_NONFINITE)
+            code = vote.outcome()
+            last = bool(code) or finished in (total_steps, config.run.stop_after)
+            if finished % config.run.log_every == 0 or last:
+                numbers = window.read()  # host sync
+                now_s = time.perf_counter()
+                step_s = (now_s - window_s) / (finished - window_step)
+                images_per_s = config.run.global_batch / step_s
+                chance = stats.measure()  # host sync
+                skipped += int(numbers.pop("skipped_steps") or 0)
+                log.log(
+                    finished,
+                    epoch=finished / schedule.steps_per_epoch,
+                    **numbers,
+                    chance_loss_nats=chance.loss_nats,
+                    chance_accuracy=chance.accuracy,
+                    lr=lr,
+                    images_per_s=images_per_s,
+                    step_ms=1000 * step_s,
+                    data_wait_share=feed.read_waited_s() / (now_s - window_s),
+                    codebook_used=chance.codes_used,
+                    codebook_perplexity=chance.perplexity,
+                    mfu=meter.mfu(images_per_s / world.size),
+                    skipped_steps=skipped,
+                    bad_samples=loader.bad.count,
+                    images_seen=finished * config.run.global_batch,
+                    time_s=trained_s + now_s - began_s,
+                )
+                window_s, window_step = now_s, finished
+            log.tick(finished)
+            if finished % config.run.checkpoint_every == 0 and not last:
+                setup.forgiving(log, lambda: save(finished))
+            setup.forgiving(log, saver.poll)
+            if last:
+                break
+        vote.close()
+        if start_step < total_steps:
+            save(finished)
+            saver.wait()
+    except torch.OutOfMemoryError as error:
+        print(setup.out_of_memory_advice(error, micro_batch, accumulation), file=sys.stderr)
+        return setup.end(run_dir, world, control.EXIT_USAGE, finished, "out of memory")
+    except TooManyBadSamples as error:
+        print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        if world.size == 1:
+            save(finished)
+            saver.wait()
+        # Always written: with several ranks the others stop in a collective, at torchrun's hand.
+        control.write_exit(run_dir, control.EXIT_BAD_DATA, finished, str(error))
+        return control.EXIT_BAD_DATA
+    except OSError as error:
+        print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        return setup.end(run_dir, world, control.EXIT_STORAGE, finished, str(error))
+    finally:
+        feed.close()
+        watchdog.close()
+        trap.release()
+        if code or finished < total_steps:
+            log.close()
+
+    # 5. Stopped early: say why. Finished: export, evaluate, report.
+    if code:
+        reason = trap.received or "another rank was asked to stop"
+        if code == control.EXIT_NONFINITE:
+            reason = setup.save_nonfinite(run_dir, world, recent, source)
+            print(f"rank {world.rank}: {reason}", file=sys.stderr, flush=True)
+        return setup.end(run_dir, world, code, finished, reason)
+    if finished < total_steps:
+        return setup.end(run_dir, world, control.EXIT_OK, finished, "--stop-after was reached")
+    finish_run(config, world, model, tokenizer, source, views, stats, log)
+    log.close()
+    return setup.end(run_dir, world, control.EXIT_OK, finished, "finished")
+
+
+class Feed:
+    """Hands out a step's micro-batches, and measures how long the loop waited for them."""
+
+    def __init__(
+        self, loader: Any, watchdog: control.Watchdog, device: torch.device
+    ) -> None:
+        self.sample_ids: list[int] = []
+        self._loader = loader
+        self._batches = iter(loader)
+        self._watchdog = watchdog
+        self._waited_s = 0.0
+
+    def take(self, step: int, accumulation: int) -> Iterator[MimBatch]:
+        """The micro-batches of one step, on the device."""
+        self.sample_ids = []
+        for _ in range(accumulation):
+            self._watchdog.at(step, "loading")
+            before_s = time.perf_counter()
+            batch = next(self._batches)
+            self._waited_s += time.perf_counter() - before_s
+            self._watchdog.at(step, "computing")
+            self.sample_ids += batch.index.tolist()
+            yield batch
+
+    def read_waited_s(self) -> float:
+        """Seconds waited since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+    def close(self) -> None:
+        """Stop the loader's workers."""
+        self._loader.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
