@@ -47,6 +47,11 @@ WITHOUT_EFFECT = frozenset(
 """Fields that may differ between a run and its resumption without changing what is trained."""
 
 
+def config_to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """``config`` as plain JSON values, in the order of its fields."""
+    return _to_json(asdict(config))
+
+
 def save_config(config: PretrainConfig, path: Path | str) -> None:
     """Writes ``config`` as JSON, in the order of the fields; the file appears whole or not at all.
 
@@ -54,7 +59,7 @@ def save_config(config: PretrainConfig, path: Path | str) -> None:
         OSError: the file cannot be written; an older one stays as it was.
     """
     path = Path(path)
-    content = {VERSION_KEY: __version__, **_to_json(asdict(config))}
+    content = {VERSION_KEY: __version__, **config_to_dict(config)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
