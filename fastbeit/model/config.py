@@ -10,7 +10,7 @@ Position = Literal["relative", "relative_per_block", "absolute", "none"]
 
 @dataclass(frozen=True)
 class BeitConfig:
-    """Architecture of a BEiT encoder with its heads. The defaults are the released code's base model.
+    """Architecture of a BEiT encoder with its heads; the defaults are the released code's base.
 
     The paper's own base model is ``BeitConfig(position="absolute", layer_scale=None)``.
 
@@ -25,8 +25,8 @@ class BeitConfig:
         position: ``relative``: one relative table shared by all blocks; ``relative_per_block``: one
             in each; ``absolute``: a learned embedding of each place; ``none``.
         layer_scale: start value of LayerScale on both branches, or None for no LayerScale.
-        drop_path: largest DropPath rate, reached in the last block, rising linearly from 0. The model
-            draws nothing: factors come in as ``drop_scale``.
+        drop_path: largest DropPath rate, reached in the last block, rising linearly from 0. The
+            model draws nothing: factors come in as ``drop_scale``.
         vocab_size: visual tokens that the masked-image head tells apart.
         num_classes: classes that the classifier's head tells apart.
         norm_eps: epsilon of every LayerNorm.

@@ -137,7 +137,7 @@ class BeitEncoder(nn.Module):
         return collected
 
     def parameter_count(self) -> int:
-        """Trained numbers as the official code counts them: the keys' third of a qkv bias is none."""
+        """Trained numbers as the official code counts them: without the keys' biases."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - self.config.depth * self.config.width
 
@@ -145,7 +145,8 @@ class BeitEncoder(nn.Module):
         """The official initialisation, from a generator of its own when a seed is given.
 
         Normal with std 0.02 cut at ±0.02 (one sigma) for weights, tokens and positions; zero for
-        biases and relative tables; then the residual projections of block l are divided by sqrt(2l).
+        biases and relative tables; then the residual projections of block l (from 1) are divided
+        by sqrt(2l).
         """
         if self.cls_token.is_meta:
             return
@@ -153,11 +154,11 @@ class BeitEncoder(nn.Module):
 
         def draw(parameter: Tensor) -> None:
             # Drawn on the CPU, so that a seed means the same on every device.
-            values = torch.empty(parameter.shape)
-            nn.init.trunc_normal_(
-                values, std=INIT_STD, a=-INIT_STD, b=INIT_STD, generator=generator
-            )
-            parameter.copy_(values)
+            # By the inverse distribution: PyTorch's rejection takes ten times as long at one sigma.
+            uniform = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            uniform.uniform_(-1, 1, generator=generator).mul_(math.erf(math.sqrt(0.5)))
+            values = uniform.erfinv_().mul_(INIT_STD * math.sqrt(2))
+            parameter.copy_(values.clamp_(-INIT_STD, INIT_STD))
 
         with torch.no_grad():
             for module in self.modules():

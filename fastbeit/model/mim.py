@@ -52,8 +52,8 @@ class BeitForMim(BeitEncoder):
             images: ``[B, C, h, w]`` normalised, any memory format.
             positions: ``[B, M]`` int32 masked patches in raster numbering, -1 in empty slots.
             targets: ``[B, M]`` int64 visual tokens; never read in empty slots.
-            drop_scale: ``[B, 2 * depth]`` DropPath factors (0 or 1/keep), attention then MLP of each
-                block, or None.
+            drop_scale: ``[B, 2 * depth]`` DropPath factors (0 or 1/keep), attention then MLP of
+                each block, or None.
             prune: let only masked patches through the last block's queries, projection and MLP and
                 the last norm. Exact; False exists to be compared with.
 
@@ -85,7 +85,7 @@ class BeitForMim(BeitEncoder):
         return x.gather(1, index)
 
     def features(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        """``[B, T, D]`` after the last norm, CLS first; positions ``[B, M]`` are masked if given."""
+        """``[B, T, D]`` after the last norm, CLS first; ``positions [B, M]`` are masked if given."""
         return self._last_norm(self.encode(images, positions))
 
     def _last_norm(self, x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ reference (in this version there are no Triton kernels yet, so always the refere
 fall-back. Wrong shapes, dtypes and devices raise ValueError. Importing this package queries no GPU.
 
 Shapes: B batch, T tokens, Tq queries, Tk keys, H heads, d head width, D width, M slots, V classes.
-Positions index rows of what they are given (tokens, CLS included); -1 marks an empty slot, whose row
-comes back zero and takes no gradient.
+Positions index rows of what they are given (tokens, CLS included); -1 marks an empty slot, whose
+row comes back zero and takes no gradient.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def attention(
     Args:
         q: ``[B, Tq, H, d]`` fp32, fp16, bf16 or fp64; strided views are fine, as for k and v.
         k, v: ``[B, Tk, H, d]``, dtype and device of q.
-        bias: broadcastable to ``[B, H, Tq, Tk]``, any floating dtype (fp32 keeps its gradient fp32).
+        bias: broadcastable to ``[B, H, Tq, Tk]``, any floating dtype, which is its gradient's too.
         query_positions: ``[B, Tq]`` integers. Then bias is ``[H, T, Tk]`` and its row
             ``query_positions[b, i]`` serves query i of image b; -1 is an empty slot.
         scale: ``d ** -0.5`` when None.
@@ -76,7 +76,7 @@ def attention(
 def attention_packed(
     qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = None, impl: Impl = "auto"
 ) -> Tensor:
-    """:func:`attention` of ``qkv [B, T, 3, H, d]`` → ``[B, T, H, d]``; the gradient is packed too."""
+    """:func:`attention` of ``qkv [B, T, 3, H, d]`` → ``[B, T, H, d]``; the gradient is packed."""
     check_impl("attention_packed", impl)
     check_tensor("qkv", qkv, ("B", "T", 3, "H", "d"))
     check_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias, None)
@@ -88,7 +88,7 @@ def expand_rel_pos_bias(
 ) -> Tensor:
     """Relative table ``[R, H]`` and index ``[T, T]`` → bias fp32 ``[H, T, T]``.
 
-    Memory rows are padded to a multiple of 8 elements, so the result is a strided view. Its backward
+    Memory rows are a multiple of 8 elements apart, so the result is not contiguous. Its backward
     reduces to the table once, in a fixed order. ``grid`` (h, w) says that the index is that of an
     h x w window plus CLS; values don't depend on it.
     """
@@ -176,7 +176,7 @@ def scale_residual(
     drop_scale: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """x + drop_scale * gamma * branch, where no LayerNorm follows. Shapes as its longer relative."""
+    """x + drop_scale * gamma * branch, for want of a LayerNorm behind it; shapes as above."""
     check_impl("scale_residual", impl)
     _check_residual(x, branch, gamma, drop_scale)
     return reference.scale_residual(x, branch, gamma=gamma, drop_scale=drop_scale)

@@ -18,8 +18,8 @@ def check_impl(operation: str, impl: str) -> None:
         )
     if impl == "triton":
         raise RuntimeError(
-            f"{operation}: impl='triton' was asked for, but this version of fastbeit_kernels has no "
-            "Triton kernels; use impl='auto' or impl='reference'"
+            f"{operation}: impl='triton' was asked for, but this version of fastbeit_kernels "
+            "has no Triton kernels; use impl='auto' or impl='reference'"
         )
 
 
@@ -35,7 +35,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     like: Tensor | None = None,
 ) -> None:
-    """Refuse a tensor of another shape, dtype or device. A str or None in ``shape`` fits any size."""
+    """Refuse another shape, dtype or device. A str or None in ``shape`` fits any size."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor {_words(shape)}, got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape) and all(
