@@ -176,7 +176,7 @@ class BeitEncoder(nn.Module):
                 for projection in (block.attn.proj, block.mlp.fc2):
                     projection.weight.div_(math.sqrt(2 * number))
                 for gamma in (block.gamma_1, block.gamma_2):
-                    if gamma is not None:
+                    if gamma is not None and self.config.layer_scale is not None:
                         gamma.fill_(self.config.layer_scale)
 
 

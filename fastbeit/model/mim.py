@@ -85,7 +85,7 @@ class BeitForMim(BeitEncoder):
         return x.gather(1, index)
 
     def features(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        """``[B, T, D]`` after the last norm, CLS first; ``positions [B, M]`` are masked if given."""
+        """``[B, T, D]`` after the last norm, CLS first; ``positions [B, M]`` masked if given."""
         return self._last_norm(self.encode(images, positions))
 
     def _last_norm(self, x: Tensor) -> Tensor:
