@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         return self.blocks["input"]  # type: ignore[return-value]
 
     def embed(self, codes_Bhw: Tensor) -> Tensor:
-        """What the first convolution gives for one-hot codes, as a gather: [B, code_width, h, w]."""
+        """The first convolution of one-hot codes, as a gather: [B, code_width, h, w]."""
         table_VE = self.embedding.w[:, :, 0, 0].T
         return (F.embedding(codes_Bhw, table_VE) + self.embedding.b).permute(0, 3, 1, 2)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastbeit_kernels import linear_argmax
 from torch import Tensor, nn
 
 from fastbeit.tokenizer.dvae import Decoder, DvaeConfig, Encoder
+from fastbeit_kernels import linear_argmax
 
 
 class Tokenizer(nn.Module):
