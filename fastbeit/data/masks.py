@@ -119,7 +119,7 @@ def mask_positions(masks: NDArray[np.bool_], slots: int) -> NDArray[np.int32]:
     Raises:
         ValueError: a mask hides more than ``slots`` patches.
     """
-    flat_BN = masks.reshape(len(masks), -1)
+    flat_BN = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
     count_B = flat_BN.sum(axis=1)
     if count_B.size and count_B.max() > slots:
         raise ValueError(f"a mask hides {count_B.max()} patches, but there are {slots} slots")
@@ -134,12 +134,12 @@ def _draw_random(spec: MaskSpec, seed: int, epoch: int, index_B: NDArray) -> NDA
     cells = rows * columns
     draws = np.arange(-(-cells // 4))
     words = random_words(seed, epoch, index_B[:, None], Stream.MASK, draws)
-    keys_BN = np.stack(words, axis=-1).reshape(len(index_B), -1)[:, :cells]
+    keys_BN = np.stack(words, axis=-1).reshape(len(index_B), 4 * draws.size)[:, :cells]
     # Equal keys (one image in 220,000) are told apart by position: the count stays exact.
     chosen_BM = np.argsort(keys_BN, axis=1, kind="stable")[:, : spec.target]
     masks_BN = np.zeros((len(index_B), cells), dtype=bool)
     np.put_along_axis(masks_BN, chosen_BM, True, axis=1)
-    return masks_BN.reshape(-1, rows, columns)
+    return masks_BN.reshape(len(index_B), rows, columns)
 
 
 def _draw_blocks(spec: MaskSpec, seed: int, epoch: int, index_B: NDArray) -> NDArray[np.bool_]:

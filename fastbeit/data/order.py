@@ -18,7 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 from fastbeit.data.philox import MAX_INDEX, Stream, random_words
 
 ROUNDS = 8
-"""Four are indistinguishable from random for a large domain; tiny ones need a few more."""
+"""Rounds for a large source: twice the four that make a Feistel network with random round
+functions hard to tell from a random permutation (Luby and Rackoff, 1988)."""
+
+SMALL_SOURCE, SMALL_ROUNDS = 2**16, 24
+"""In a tiny rectangle a round function has few values, and mixing takes longer: all 720 orders of
+six samples come equally often from 20 rounds on, not with 16 (chi-square over 72,000 orders)."""
 
 
 def permute(place: ArrayLike, num_samples: int, seed: int, epoch: ArrayLike) -> NDArray[np.int64]:
@@ -49,7 +54,7 @@ def _feistel(
     place: NDArray[np.int64], rows: int, columns: int, seed: int, epoch: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     row, column = np.divmod(place, columns)
-    for number in range(ROUNDS):
+    for number in range(ROUNDS if rows * columns > SMALL_SOURCE else SMALL_ROUNDS):
         if number % 2 == 0:
             row = (row + _below(rows, seed, epoch, column, number)) % rows
         else:
