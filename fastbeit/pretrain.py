@@ -110,8 +110,10 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
     saver = checkpoint.Checkpointer(
         run_dir / "checkpoints", world, keep=config.run.keep_checkpoints
     )
-    log = setup.open_log(config, world, total_steps=total_steps, start_step=start_step)
     meter = mfu_meter(config, tokenizer, world.device)
+    log = setup.open_log(
+        config, world, total_steps=total_steps, start_step=start_step, mfu_peak=meter.label
+    )
     loader = make_loader(
         source,
         plan,

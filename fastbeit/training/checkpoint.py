@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fastbeit.training.distributed import World
 
@@ -134,7 +137,7 @@ class Checkpointer:
             future.result()
             if self.world.is_main:
                 self._publish(writing, step, state)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             if self.world.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
             raise OSError(
@@ -161,15 +164,58 @@ def load_tensors(saved: Saved, tensors: Mapping[str, Tensor], world: World) -> N
     """Read a checkpoint into ``tensors`` in place; any number of ranks, any sharding.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor or holds it in another shape.
+        ValueError: the checkpoint lacks a tensor, holds it in another shape, or its index names
+            anything but tensors.
     """
+    _check_index(saved.path / ".metadata")
     try:
         dcp.load(dict(tensors), checkpoint_id=saved.path, process_group=world.storage)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise ValueError(
             f"{saved.path} does not fit this model or is damaged: {_cause(error)}; resume with the "
             "configuration it was written with, or start in another run folder"
         ) from error
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads a checkpoint's index, which is a pickle, without calling what it doesn't need."""
+
+    _METADATA = "torch.distributed.checkpoint.metadata"
+    _NEEDED = frozenset(
+        {
+            ("pathlib", "PosixPath"),
+            ("torch", "Size"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            (_METADATA, "BytesStorageMetadata"),
+            (_METADATA, "ChunkStorageMetadata"),
+            (_METADATA, "Metadata"),
+            (_METADATA, "MetadataIndex"),
+            (_METADATA, "StorageMeta"),
+            (_METADATA, "TensorProperties"),
+            (_METADATA, "TensorStorageMetadata"),
+            (_METADATA, "_MEM_FORMAT_ENCODING"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self._NEEDED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index that would run code or name pickled objects once the library reads it."""
+    try:
+        with open(path, "rb") as file:
+            index = _IndexReader(file).load()
+        entries = index.state_dict_metadata
+        foreign = [k for k, v in entries.items() if not isinstance(v, TensorStorageMetadata)]
+    except Exception as error:
+        raise ValueError(f"{path} is not the index of a checkpoint: {_cause(error)}") from error
+    if foreign:
+        raise ValueError(f"{path} holds other things than tensors: {', '.join(foreign[:5])}")
 
 
 def rng_tensors(world: World) -> dict[str, Tensor]:

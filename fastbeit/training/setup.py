@@ -126,7 +126,14 @@ def restore(
         checkpoint.restore_rng(rng, world)
 
 
-def open_log(config: PretrainConfig, world: World, *, total_steps: int, start_step: int) -> RunLog:
+def open_log(
+    config: PretrainConfig,
+    world: World,
+    *,
+    total_steps: int,
+    start_step: int,
+    mfu_peak: str | None,
+) -> RunLog:
     """The run's log, with the sinks that were asked for."""
     asked = {"tensorboard": config.run.tensorboard, "wandb": config.run.wandb}
     return RunLog(
@@ -135,6 +142,7 @@ def open_log(config: PretrainConfig, world: World, *, total_steps: int, start_st
         start_step=start_step,
         sinks=[name for name, wanted in asked.items() if wanted],
         config=config_to_dict(config),
+        mfu_peak=mfu_peak,
         title=f"fastbeit {config.recipe}",
         rank=world.rank,
     )
