@@ -87,6 +87,22 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m fastbeit.pre
     return command
 
 
+def print_plan(command: Command, prog: str = "python -m fastbeit.pretrain") -> None:
+    """Prints what ``command``'s run would take (rank 0 only under torchrun).
+
+    Raises:
+        SystemExit: 2 when it cannot run so, for instance when the batch can't be cut for the GPUs.
+    """
+    from fastbeit.training.forecast import print_forecast
+
+    if not _speaks():
+        return
+    try:
+        print_forecast(command.config, gpus=command.gpus, images_per_s=command.images_per_s)
+    except ValueError as error:
+        _refuse(prog, str(error))
+
+
 def _base(words: list[str]) -> tuple[PretrainConfig, list[str]]:
     """The configuration that the flags change, and the flags: everything after the recipe."""
     recipe = words[0] if words and not words[0].startswith("-") else None
@@ -100,7 +116,6 @@ def _base(words: list[str]) -> tuple[PretrainConfig, list[str]]:
 
 
 def _parse_flags(base: PretrainConfig, flags: list[str], prog: str) -> _Line:
-    # A recipe's name behind the flags would be reported as an unknown option.
     description = (
         "Pre-trains BEiT (arXiv 2106.08254). RECIPE gives every value, flags change single ones; "
         f"the defaults below are those of {base.recipe}.\n\nRecipes:\n{list_recipes()}"
@@ -115,6 +130,7 @@ def _parse_flags(base: PretrainConfig, flags: list[str], prog: str) -> _Line:
             console_outputs=_speaks(),
         )
     except SystemExit as stop:
+        # To tyro a recipe's name behind the flags is an unknown option, and no more.
         if stop.code and flags and flags[-1] in RECIPES:
             _say(f"The recipe comes first: {prog} {flags[-1]} [--flags]", error=True)
         raise

@@ -1,8 +1,8 @@
 """Stated peak arithmetic of GPUs: what a model-FLOPs utilisation is a share of.
 
-Dense figures (sheets print twice as much, with sparsity) for 16-bit products summed in fp32, and for
-plain fp32 without TF32. A device that is not listed has no MFU: a wrong peak is worse than none. So
-names must match whole; a MIG slice, a laptop version or a cut-down export part is not its big brother.
+Dense figures (sheets print twice as much, with sparsity) for 16-bit products summed in fp32, and
+for plain fp32 without TF32. A device that is not listed has no MFU: a wrong peak is worse than
+none. So names must match whole: a MIG slice or a laptop version is not its big brother.
 """
 
 from __future__ import annotations
