@@ -167,15 +167,19 @@ class PretrainConfig:
         """The run folder."""
         return self.run.run_dir or Path("runs") / self.recipe
 
+    def mask_spec(self) -> MaskSpec:
+        """How masks are drawn on the model's grid."""
+        return MaskSpec(
+            grid=self.model.grid,
+            target=self.mask.target,
+            min_block=self.mask.min_block,
+            strategy=self.mask.strategy,
+        )
+
     def plan_spec(self) -> PlanSpec:
         """What is drawn at random for every sample."""
         return PlanSpec(
-            mask=MaskSpec(
-                grid=self.model.grid,
-                target=self.mask.target,
-                min_block=self.mask.min_block,
-                strategy=self.mask.strategy,
-            ),
+            mask=self.mask_spec(),
             crop_scale=self.data.crop_scale,
             crop_ratio=self.data.crop_ratio,
             flip=self.data.flip,

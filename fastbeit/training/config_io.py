@@ -179,7 +179,7 @@ def _read(kind: Any, item: Any, name: str) -> Any:
     elif kind is Path:
         if isinstance(item, str):
             return Path(item)
-    elif isinstance(item, kind) and not (isinstance(item, bool) and kind is not bool):
+    elif type(item) is kind:  # int, str or bool; a bool is no int here
         return item
     raise ValueError(f"{name} must be {_described(kind)}, got {_shown(item)}")
 

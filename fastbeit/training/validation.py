@@ -47,7 +47,7 @@ def _mask(config: PretrainConfig) -> Iterator[str]:
         )
     else:
         try:
-            config.plan_spec()
+            config.mask_spec()
         except ValueError as error:  # what only the mask's own specification can tell
             yield f"--mask: {error}"
 
