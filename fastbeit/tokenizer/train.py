@@ -36,7 +36,7 @@ from fastbeit.tokenizer.train_log import MetricLog
 from fastbeit.tokenizer.training_data import open_sources, training_batches, whole_images
 
 REVIVAL_SHARE = 0.8  # of the steps; later, a restarted code would have no time to specialise
-REVIVAL_NOISE = 0.1  # of a row's own spread
+REVIVAL_MARGIN_NATS = 3.0  # Gumbel noise overturns it in one draw of twenty
 USAGE_WINDOW_STEPS = 100
 STATISTICS_IMAGES = 10_000
 
@@ -177,13 +177,14 @@ def optimise(
                 revived += revive_dead_codes(
                     networks.encoder,
                     networks.decoder,
+                    bound,
                     use,
                     optimizer,
-                    noise=REVIVAL_NOISE,
+                    margin=REVIVAL_MARGIN_NATS,
                     generator=generator,
                 )
         if done % config.log_every == 0 or done == config.steps:
-            loss = float(bound.loss)  # host sync, once a log interval
+            loss = float(bound.loss.detach())  # host sync, once a log interval
             _refuse_non_finite(config, "loss", loss, done)
             now = time.monotonic()
             log.write(
