@@ -181,7 +181,7 @@ def _label(name: bytes, label_of_key: dict[bytes, bytes]) -> bytes:
 
 def _load(cached: Path, tar_bytes: int) -> TarIndex | None:
     try:
-        with np.load(cached, allow_pickle=False) as stored:
+        with open(cached, "rb") as file, np.load(file, allow_pickle=False) as stored:
             index = TarIndex(
                 NameTable(stored["names"].tobytes(), stored["name_offsets"]),
                 stored["offset"],

@@ -1,4 +1,4 @@
-"""The plan: right distributions, torchvision's crop rule, a function of (seed, epoch, index) only."""
+"""The plan: right distributions, torchvision's crop rule, a function of seed, epoch, index only."""
 
 import time
 from itertools import permutations
