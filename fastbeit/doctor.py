@@ -12,6 +12,7 @@ machine (and, as everywhere, wrong arguments).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -64,7 +65,23 @@ def machine(run_dir: Path) -> Iterator[Finding]:
     yield environment.xformers()
     yield environment.library("tensorboard", why='pip install "fastbeit[tracking]" to use it')
     yield environment.library("wandb", why='pip install "fastbeit[tracking]" to use it')
+    yield dall_e_tokenizer()
     yield from capacity(run_dir)
+
+
+def dall_e_tokenizer() -> Finding:
+    """Whether the published tokenizer, which the beit-* recipes ask for, has been converted."""
+    from fastbeit.tokenizer.files import ENVIRONMENT_VARIABLE, cache_path
+
+    path = Path(os.environ.get(ENVIRONMENT_VARIABLE) or cache_path()).expanduser()
+    if path.is_file():
+        return Finding("tokenizer", "ok", f"dall-e at {path}")
+    return Finding(
+        "tokenizer",
+        "absent",
+        f"dall-e (for the beit-* recipes) is not at {path}",
+        "python -m fastbeit.tokenizer.convert makes it; demo and your own need nothing",
+    )
 
 
 def capacity(run_dir: Path) -> Iterator[Finding]:

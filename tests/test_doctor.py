@@ -170,6 +170,16 @@ def test_no_triton_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.triton().state == "absent"
 
 
+def test_a_converted_tokenizer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "dall_e.safetensors"
+    monkeypatch.setenv("FASTBEIT_TOKENIZER", str(path))
+    assert doctor.dall_e_tokenizer().state == "absent"
+    write(path, "weights")
+    found = doctor.dall_e_tokenizer()
+    assert found.usable
+    assert str(path) in found.text
+
+
 # --- Hardware -----------------------------------------------------------------------------------
 
 
