@@ -7,6 +7,7 @@ declared, without code, where they are missing.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from types import ModuleType
@@ -20,6 +21,10 @@ _SCHEMAS = (
     "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
     "int pooled_width, int sampling_ratio, bool aligned) -> Tensor",
 )
+_BEIT_OF = {
+    "timm": "timm.models.beit",
+    "transformers": "transformers.models.beit.modeling_beit",
+}
 _declared: list[torch.library.Library] = []  # a Library's names last as long as the object
 
 
@@ -50,9 +55,5 @@ def peer(name: str) -> ModuleType:
     _declare_torchvision_operators()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what their own imports deprecate is not ours to mend
-        module = __import__(name)
-        if name == "timm":
-            import timm.models.beit
-        else:
-            import transformers.models.beit.modeling_beit
-    return module
+        importlib.import_module(_BEIT_OF[name])
+        return importlib.import_module(name)

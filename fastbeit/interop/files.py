@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,7 +93,11 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def _read_pickle(path: Path) -> Tensors:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about what is then read, or refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(_why_not_unpickled(path, str(error))) from None
@@ -115,7 +120,7 @@ def _why_not_unpickled(path: Path, message: str) -> str:
         )
     return (
         f"{path} is refused: its pickle names {named.group(1)}, which is code, not weights. "
-        "Nothing in it was executed. If you trust its maker, convert it to safetensors where it is known"
+        "Nothing in it was executed. If you trust its maker, have it sent as safetensors"
     )
 
 

@@ -29,7 +29,7 @@ def randomise(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.2, generator=generator)
-            if "norm" in name and name.endswith("weight") or "gamma" in name:
+            if ("norm" in name and name.endswith("weight")) or "gamma" in name:
                 parameter.add_(1)
             if name.endswith("qkv.bias"):
                 parameter.unflatten(0, (3, -1))[1] = 0
