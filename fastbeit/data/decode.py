@@ -96,7 +96,7 @@ def _eight_bits(header: ImageHeader, image: ImageFile.ImageFile, data: bytes) ->
     image.load()
     image.info.pop("transparency", None)
     mode = image.mode
-    if mode == "I" and header.format != "PPM" or mode in ("F", "LAB"):
+    if (mode == "I" and header.format != "PPM") or mode in ("F", "LAB"):
         raise BadImage(f"{header.format} of mode {mode} has no defined 8-bit RGB; convert it")
     if mode.startswith("I"):  # I;16 in any byte order; PIL gives 16-bit PGM as 32-bit integers
         bits = header.bits if header.format == "TIFF" else 16
