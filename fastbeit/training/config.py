@@ -39,8 +39,8 @@ class DataConfig:
     """Images, their augmentation, and the loader."""
 
     data: Annotated[str, arg(metavar="PATH")] = ""
-    """Images to train on: a folder (searched recursively), a list file, tar shards (a path, a glob,
-    or a pattern like shard-{000..146}.tar), or "demo" for the images that come with the package."""
+    """Folder (searched recursively), list file, tar shards (a path, glob or {000..146} pattern).
+    "demo": the images that come with the package."""
     loader: Literal["auto", "dali", "reference"] = "auto"
     """Who decodes: auto takes DALI on a GPU, elsewhere what measured faster, and says which."""
     workers: Annotated[int | None, arg(metavar="COUNT")] = None
@@ -124,7 +124,7 @@ class RunConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the student; the master weights, the reduction and AdamW are fp32 always."""
     shard: Literal["none", "zero2", "zero3", "hybrid"] = "none"
-    """What FSDP2 shards over ranks. zero2: gradients and optimizer state; zero3: parameters too;
+    """What FSDP2 splits over ranks. zero2: gradients and optimizer state, zero3: parameters too.
     hybrid: as zero3 inside a node, with copies across nodes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run; auto takes the GPU where there is one."""
