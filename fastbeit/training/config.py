@@ -110,9 +110,9 @@ class RunConfig:
     run_dir: Annotated[Path | None, arg(metavar="DIR")] = None
     """Run folder; runs/RECIPE when not given. The same command in the same folder resumes."""
     epochs: Annotated[float, arg(metavar="EPOCHS")] = 800.0
-    """Passes over the data; ignored where steps is given."""
+    """Length of the run in passes over the data; ignored where steps is given."""
     steps: Annotated[int | None, arg(metavar="STEPS")] = None
-    """Optimizer steps."""
+    """Length of the run in optimizer steps, instead of epochs."""
     stop_after: Annotated[int | None, arg(metavar="STEPS")] = None
     """Stop (saving first) after this many steps in this process, leaving the schedule as it is."""
     global_batch: Annotated[int, arg(metavar="IMAGES")] = 2048
