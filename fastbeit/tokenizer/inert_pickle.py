@@ -67,8 +67,9 @@ _INERT_VALUES = {
     ("torch", "device"),
     ("torch", "Size"),
     ("builtins", "set"),
-    ("__builtin__", "set"),
 }
+# torch.save writes protocol 2, which calls modules by their old names.
+_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 class RefusedPickle(ValueError):
@@ -121,6 +122,7 @@ class _Reader(pickle._Unpickler):  # pure Python: a memo index can't make it res
         self._stand_ins: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str, /) -> Any:
+        module = _PYTHON_2_MODULES.get(module, module)
         key = (module, name)
         if key not in self._stand_ins:
             self._stand_ins[key] = self._make(module, name)

@@ -172,17 +172,6 @@ def optimise(
         use.update(bound.codes)
         seen += len(images)
         done = step + 1
-        if config.revive_every and done % config.revive_every == 0:
-            if done <= REVIVAL_SHARE * config.steps:
-                revived += revive_dead_codes(
-                    networks.encoder,
-                    networks.decoder,
-                    bound,
-                    use,
-                    optimizer,
-                    margin=REVIVAL_MARGIN_NATS,
-                    generator=generator,
-                )
         if done % config.log_every == 0 or done == config.steps:
             loss = float(bound.loss.detach())  # host sync, once a log interval
             _refuse_non_finite(config, "loss", loss, done)
@@ -204,6 +193,17 @@ def optimise(
                 },
             )
             seen, since = 0, now
+        if config.revive_every and done % config.revive_every == 0:
+            if done <= REVIVAL_SHARE * config.steps:
+                revived += revive_dead_codes(
+                    networks.encoder,
+                    networks.decoder,
+                    bound,
+                    use,
+                    optimizer,
+                    margin=REVIVAL_MARGIN_NATS,
+                    generator=generator,
+                )
         if done % config.save_every == 0 and done < config.steps:
             save(done)
 
