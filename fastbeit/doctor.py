@@ -109,18 +109,19 @@ def capacity(run_dir: Path) -> Iterator[Finding]:
 
 def will_run() -> list[str]:
     """What training takes on this machine by default, and why."""
-    gpu, dali = environment.gpu(), loadable(environment.dali(), "nvidia.dali.fn")
-    lines = [f"device: {'cuda' if gpu.usable else 'cpu'} ({gpu.text})"]
-    lines.append(f"precision: bf16 unless the recipe says fp32 ({environment.precision().text})")
-    if gpu.usable and dali.usable:
-        lines.append("loader: dali, decoding on the GPU")
-    elif dali.usable:
-        lines.append("loader: dali or reference, whichever measures faster (no GPU to decode on)")
-    else:
-        lines.append(f"loader: reference (DALI {dali.text})")
-    lines.append("optimizer: PyTorch's fused AdamW unless --optimizer apex")
-    lines.append("kernels: the PyTorch reference (this version has no Triton kernels)")
-    return lines
+    import torch
+
+    from fastbeit.data.backend import choose_backend
+
+    gpu = environment.gpu()
+    device = torch.device("cuda" if gpu.usable else "cpu")
+    return [
+        f"device: {device} ({gpu.text})",
+        f"precision: bf16 unless the recipe says fp32 ({environment.precision().text})",
+        choose_backend("auto", device)[1],
+        "optimizer: PyTorch's fused AdamW unless --optimizer apex",
+        "kernels: the PyTorch reference (this version has no Triton kernels)",
+    ]
 
 
 def loadable(finding: Finding, module: str) -> Finding:
