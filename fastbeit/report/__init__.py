@@ -103,7 +103,7 @@ def render_report(run_dir: str | Path, *, summary: Mapping[str, Any] | None = No
 
 def render_page(run: RunRecord) -> str:
     """The whole page as text."""
-    recipe = str(run.config.get("recipe") or run.summary.get("recipe") or "BEiT pre-training")
+    recipe = str(run.config.get("recipe") or run.summary.get("recipe") or run.name)
     steps = run.metrics[-1]["step"] if run.metrics else 0
     state = f"{steps:,} steps" if run.summary else f"{steps:,} steps so far"
     model = run.config.get("model", {})
@@ -113,8 +113,8 @@ def render_page(run: RunRecord) -> str:
     body = join(
         tag(
             "header",
-            tag("h1", recipe),
-            tag("p", f"Run {run.name}: {state}{shape}.", class_="lead"),
+            tag("h1", f"BEiT pre-training: {recipe}"),
+            tag("p", f"Run folder {run.name}: {state}{shape}.", class_="lead"),
             tiles(run),
             class_="top",
         ),
@@ -133,7 +133,7 @@ def render_page(run: RunRecord) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{recipe} - fastbeit report"),
+        tag("title", f"{recipe}: fastbeit report"),
         tag("style", Markup(STYLE)),
     )
     return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", body), lang="en")

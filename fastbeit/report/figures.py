@@ -94,6 +94,7 @@ def chart(
         elif x and max(x) >= 10_000:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
         if from_zero:
+            axes.margins(y=0.08)
             axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

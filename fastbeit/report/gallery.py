@@ -6,7 +6,7 @@ from fastbeit.report.markup import Markup, tag
 from fastbeit.report.pictures import SHOWN_SIDE, data_address, hide_patches
 from fastbeit.report.samples import ReportSamples
 
-HEADS = ("Image", "Masked", "From the tokenizer’s tokens", "Masked tokens predicted")
+HEADS = ("Image", "Masked", "From its own tokens", "Masked tokens predicted")
 
 
 def gallery(samples: ReportSamples | None) -> Markup:

@@ -95,11 +95,9 @@ def learning(run: RunRecord) -> Markup:
             summary=_span(accuracy, "%", ".1f", guess, "the best position-only guess"),
         ),
     ]
-    for title, name, colour, label, number, from_zero in (
-        ("Learning rate", "lr", "extra", "", ".2e", True),
-        ("Gradient norm before clipping", "grad_norm", "extra", "", ".2f", True),
-        ("Codes seen so far", "codebook_used", "pixels", "codes", ",.0f", True),
-        ("Codebook perplexity", "codebook_perplexity", "pixels", "codes", ",.1f", True),
+    for title, name, number in (
+        ("Learning rate", "lr", ".2e"),
+        ("Gradient norm before clipping", "grad_norm", ".2f"),
     ):
         values = run.series(name)
         if any(v is not None for v in values):
@@ -107,13 +105,32 @@ def learning(run: RunRecord) -> Markup:
                 chart(
                     title,
                     steps,
-                    [Curve(title, colour, values)],
+                    [Curve(title, "extra", values)],
                     x_label="step",
-                    y_label=label,
-                    summary=_span(values, label, number),
-                    from_zero=from_zero,
+                    y_label="",
+                    summary=_span(values, "", number),
+                    from_zero=True,
                 )
             )
+    used, perplexity = run.series("codebook_used"), run.series("codebook_perplexity")
+    if any(v is not None for v in used):
+        size = run.summary.get("codebook_size")
+        charts.append(
+            chart(
+                "Codebook, all tokens seen so far",
+                steps,
+                [
+                    Curve("codes in use", "pixels", used),
+                    Curve("perplexity", "extra", perplexity, "--"),
+                ],
+                x_label="step",
+                y_label="codes",
+                summary=f"Codes in use: {_span(used, '', ',.0f')} "
+                f"Perplexity: {_span(perplexity, '', ',.1f')}",
+                levels=[("all codes", "muted", size)] if size else (),
+                from_zero=True,
+            )
+        )
     validation = run.summary.get("validation")
     held_out = None
     if validation:
