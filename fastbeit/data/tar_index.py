@@ -113,7 +113,9 @@ def walk_tar(path: str) -> TarIndex:
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                     if member.size < 0 or member.offset < next_header:
                         # Older tarfiles (CVE-2025-8194) would walk in circles.
-                        raise DamagedTar(f"damaged: member {member.name} has a negative size")
+                        raise DamagedTar(
+                            f"damaged: member {member.name} is followed by itself or an earlier one"
+                        )
                     next_header = member.offset + 512
                     end = member.offset_data + (member.size if member.isreg() else 0)
                     if end > file_bytes:

@@ -185,8 +185,11 @@ def test_a_forked_source_reads_and_closes_only_its_own(tmp_path, run_python):
     )
 
 
-def test_threads_read_together_and_open_files_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_module, "_MAX_OPEN_SHARDS", 2)
+def open_files():
+    return len(os.listdir("/dev/fd"))
+
+
+def test_threads_read_together(tmp_path):
     paths = [make_tar(tmp_path / f"{k}.tar", images(6, start=6 * k)) for k in range(5)]
     source = TarSource(paths)
     expected = [content for _, content in images(30)]
@@ -197,17 +200,28 @@ def test_threads_read_together_and_open_files_are_bounded(tmp_path, monkeypatch)
         results[thread] = all(source.read(i) == expected[i] for i in order)
 
     threads = [threading.Thread(target=read_all, args=(k,)) for k in range(4)]
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert results == dict.fromkeys(range(4), True)
-    if before is not None:
-        # Two shards, and at worst one more for each thread that opened while another did.
-        assert len(os.listdir("/proc/self/fd")) - before <= 2 + len(threads)
-        source.close()
-        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_open_files_are_bounded_and_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_module, "_MAX_OPEN_SHARDS", 2)
+    paths = [make_tar(tmp_path / f"{k}.tar", images(6, start=6 * k)) for k in range(5)]
+    source = TarSource(paths)
+    before = open_files()
+    assert [source.read(i) for i in range(30)] == [content for _, content in images(30)]
+    assert open_files() == before + 2
+    # Two threads that open one shard at once end up with one descriptor.
+    assert source._open(0) == source._open(0)
+    assert open_files() == before + 2
+    source.close()
+    assert open_files() == before
+    assert source.read(5) == images(6)[5][1]
+    del source
+    assert open_files() == before
 
 
 def test_a_tar_that_shrank_is_an_error_at_the_read(tmp_path):

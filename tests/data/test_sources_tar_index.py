@@ -62,6 +62,8 @@ def test_a_truncated_tar_is_named_and_skipped(tmp_path, caplog, cut):
     assert len(source.skipped) == 1
     assert source.skipped[0].startswith(f"{bad}: truncated")
     assert bad in caplog.text
+    if cut == "data":
+        assert "member last.png ends at byte" in source.skipped[0]
     with pytest.raises(ValueError, match=r"no readable tar among 1: .*bad\.tar: truncated"):
         open_source(bad)
 
@@ -96,6 +98,16 @@ def test_a_negative_size_ends_the_walk(tmp_path):
         file.seek(0)
         file.write(header)
     with pytest.raises(ValueError, match="no readable tar"):
+        open_source(path)
+
+
+def test_a_walk_that_goes_back_ends(tmp_path, monkeypatch):
+    # What a tarfile without the repair of CVE-2025-8194 does: the same header again and again.
+    path = make_tar(tmp_path / "a.tar", images(3))
+    with tarfile.open(path) as tar:
+        first = tar.next()
+    monkeypatch.setattr(tarfile.TarFile, "next", lambda self: first)
+    with pytest.raises(ValueError, match=r"damaged: member class0/0000\.png is followed by"):
         open_source(path)
 
 
