@@ -98,7 +98,7 @@ class OptimizerConfig:
     betas: Annotated[tuple[float, float], arg(metavar="BETA1 BETA2")] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: Annotated[float, arg(metavar="VALUE")] = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, added to the root of the second moment."""
     clip_norm: Annotated[float, arg(metavar="NORM")] = 3.0
     """Global gradient norm to clip to; 0 is off."""
 
