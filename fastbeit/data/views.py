@@ -104,9 +104,21 @@ def draw_views(
     if flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return (
-        crop.resize(views.size[::-1], FILTERS[views.resample]),
-        crop.resize(views.token_size[::-1], FILTERS[views.token_resample]),
+        resize(crop, views.size, FILTERS[views.resample]),
+        resize(crop, views.token_size, FILTERS[views.token_resample]),
     )
+
+
+def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Resize to (height, width): rows first, then columns, uint8 in between.
+
+    PIL's two passes, called one by one: up to version 12 it always took them in this order, and
+    from 13 on it takes columns first where that is cheaper, which gives slightly other pixels.
+    """
+    height, width = size
+    if image.width != width:
+        image = image.resize((width, image.height), resample)
+    return image if image.height == height else image.resize((width, height), resample)
 
 
 def jitter(image: Image.Image, factors: list[float], order: list[int]) -> Image.Image:
