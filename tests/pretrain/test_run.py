@@ -57,7 +57,7 @@ def test_other_data_than_the_checkpoints_are_refused(run):
     [
         (["--data=/nonexistent/folder"], "/nonexistent/folder"),
         (["--model.vocab-size=100"], "--model.vocab-size 256"),
-        (["--global-batch=128"], "70 images"),
+        (["--global-batch=128"], "holds 70 samples"),
         (["--device=cuda"], "sees no CUDA GPU"),
         (["--optimizer=apex"], "--optimizer adamw"),
     ],
@@ -92,7 +92,7 @@ def test_too_many_bad_images_stop_the_run_and_are_listed(run, tmp_path, images):
 
 def test_a_diverging_run_stops_and_names_the_samples(run):
     stopped = run.finish(
-        "--steps=40", "--lr=1e30", "--warmup-steps=0", "--nonfinite-limit=3", ranks=2, code=1
+        "--steps=40", "--lr=1e30", "--nonfinite-limit=3", ranks=2, code=1
     )
     assert run.exit["code"] == 3
     assert "Lower --lr" in stopped.stderr
