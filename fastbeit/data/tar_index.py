@@ -1,8 +1,8 @@
 """Where the images lie inside a tar file: found once by walking its headers, then cached.
 
 The walk reads 512 bytes a member and skips the data: 20 µs of one core each (measured over 100,000
-members), so 25 s for the 1.28 million images of ImageNet, once. Its result is kept in a file named after the
-tar's path, size and time of modification, in ``$FASTBEIT_CACHE/tar-index`` (or
+members), so 25 s for the 1.28 million images of ImageNet, once. Its result is kept in a file named
+after the tar's path, size and time of modification, in ``$FASTBEIT_CACHE/tar-index`` (or
 ``$XDG_CACHE_HOME/fastbeit/tar-index``, or ``~/.cache/fastbeit/tar-index``): a changed tar is walked
 again, and nothing is ever written beside the user's data. A cache that can't be read or written
 costs the walk, not the run.
