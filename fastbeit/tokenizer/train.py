@@ -88,12 +88,8 @@ def train(config: TrainConfig, *, command: str = "") -> dict[str, Any]:
     config.validate()
     device = pick_device(config.device)
     train_source, validation_source = open_sources(config)
-    # Drop-in reproducibility where it is free; see TrainConfig for what is promised.
-    torch.backends.cudnn.benchmark = False
     validation_images = whole_images(config, validation_source, config.validation_images, device)
     networks = build_networks(config, device)
-    log = MetricLog(config)
-    log.say(_announcement(config, networks, len(train_source), len(validation_source), device))
     origin: dict[str, Any] = {
         "made_by": f"fastbeit.tokenizer.train {fastbeit.__version__}, torch {torch.__version__}",
         "command": command,
@@ -113,21 +109,22 @@ def train(config: TrainConfig, *, command: str = "") -> dict[str, Any]:
         log.say(f"saved {config.out} at step {step}, sha256 {digest}")
         return origin["validation"]
 
-    with training_batches(config, train_source, device) as batches:
-        optimise(config, networks, batches, log, device, save)
-    images = whole_images(config, train_source, STATISTICS_IMAGES, device)
-    codes = encode_all(networks.encoder, images, config.batch)
-    statistics = token_statistics(codes, config.codes)._asdict()
-    origin["train_tokens"] = {**statistics, "images": len(images)}
-    check = save(config.steps)
-    log.say(
-        f"tokens of {len(images)} training images, not augmented: "
-        f"{statistics['codes_used']} of {config.codes} codes, "
-        f"perplexity {statistics['perplexity']:.1f}, "
-        f"positional entropy {statistics['positional_entropy_nats']:.3f} nats, "
-        f"best position-only guess {statistics['best_position_guess']:.1%}"
-    )
-    log.close()
+    with MetricLog(config) as log:
+        log.say(_announcement(config, networks, len(train_source), len(validation_source), device))
+        with training_batches(config, train_source, device) as batches:
+            optimise(config, networks, batches, log, device, save)
+        images = whole_images(config, train_source, STATISTICS_IMAGES, device)
+        codes = encode_all(networks.encoder, images, config.batch)
+        statistics = token_statistics(codes, config.codes)
+        origin["train_tokens"] = {**statistics._asdict(), "images": len(images)}
+        check = save(config.steps)
+        log.say(
+            f"tokens of {len(images)} training images, not augmented: "
+            f"{statistics.codes_used} of {config.codes} codes, "
+            f"perplexity {statistics.perplexity:.1f}, "
+            f"positional entropy {statistics.positional_entropy_nats:.3f} nats, "
+            f"best position-only guess {statistics.best_position_guess:.1%}"
+        )
     return {**check, "train_tokens": origin["train_tokens"]}
 
 
