@@ -272,6 +272,14 @@ def test_what_is_no_configuration_is_refused(content: bytes, message: str, tmp_p
         load_config(tmp_path / "elsewhere.json")
 
 
+def test_the_file_is_replaced_and_never_written_over(tmp_path: Path) -> None:
+    path, old = tmp_path / "config.json", tmp_path / "old.json"
+    save_config(load_recipe("demo"), path)
+    old.hardlink_to(path)  # what somebody who is reading it holds
+    save_config(load_recipe("smoke"), path)
+    assert (load_config(old).recipe, load_config(path).recipe) == ("demo", "smoke")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     save_config(load_recipe("demo"), path)
