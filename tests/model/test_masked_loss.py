@@ -72,8 +72,12 @@ def test_pruned_last_block_computes_masked_rows_alone(images) -> None:
 
     for number, block in enumerate(model.blocks):
         block.mlp.fc1.register_forward_hook(note(number))
+    asked = []
+    model.blocks[-1].register_forward_pre_hook(lambda module, inputs: asked.append(inputs[3]))
     model.loss(images, POSITIONS, TARGETS)
     assert rows == {0: 17, 1: 17, 2: 4}
+    # As tokens, behind CLS; an empty slot stays one, so that kernels can skip it.
+    assert asked[0].tolist() == [[1, 6, 10, 16], [3, 4, -1, -1], [-1] * 4]
 
 
 def test_empty_slots_change_nothing(images) -> None:
