@@ -204,9 +204,20 @@ def test_only_rank_0_speaks(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "GRACE_S", 0.0)
     with pytest.raises(SystemExit):
         cli.parse(words.split())
     assert capsys.readouterr() == ("", "")
+
+
+def test_silent_ranks_let_rank_0_speak_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_s: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited_s.append)
+    for rank, words in (("0", ["--lr", "-1"]), ("1", ["--help"]), ("1", ["--lr", "-1"])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            cli.parse(words)
+    assert waited_s == [cli.GRACE_S]
 
 
 def test_a_plan_that_cannot_be_made_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
