@@ -58,6 +58,7 @@ def chart(
     levels: Sequence[tuple[str, str, float]] = (),
     integer_x: bool = False,
     from_zero: bool = False,
+    wide: bool = False,
 ) -> Markup:
     """A figure: title, chart, and ``summary`` as the text that stands for it.
 
@@ -66,6 +67,7 @@ def chart(
         levels: horizontal lines: (label, colour, value).
         integer_x: a tick at every x (blocks).
         from_zero: let the y axis begin at zero.
+        wide: twice as wide, with the legend beside the chart.
     """
     import matplotlib
 
@@ -75,7 +77,7 @@ def chart(
     # A fixed salt: the same run gives the same file.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+        figure = Figure(figsize=(11.4, 3.2) if wide else (5.6, 3.0), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
             axes.plot(
@@ -107,13 +109,16 @@ def chart(
         axes.xaxis.label.set_color(COLOURS["muted"])
         axes.yaxis.label.set_color(COLOURS["muted"])
         if len(curves) + len(levels) > 1:
-            axes.legend(frameon=False, labelcolor=COLOURS["ink"], fontsize=8.5, loc="best")
+            place: Any = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if wide else {}
+            axes.legend(frameon=False, labelcolor=COLOURS["ink"], fontsize=8.5, **place)
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     drawing = tag("div", _themed(buffer.getvalue()), role="img", aria_label=f"{title}. {summary}")
-    return tag("figure", tag("figcaption", title), drawing, class_="chart")
+    return tag(
+        "figure", tag("figcaption", title), drawing, class_="chart wide" if wide else "chart"
+    )
 
 
 def thin(

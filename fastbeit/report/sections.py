@@ -30,7 +30,7 @@ def tiles(run: RunRecord) -> Markup:
             points = 100 * (accuracy - guess)
             text = f"{points:+.1f} points on the position-only {100 * guess:.1f} %"
             detail = tag("span", text, class_="good" if points > 0 else "warn")
-        found.append(_tile("Masked-token accuracy", f"{100 * accuracy:.1f}", "%", detail))
+        found.append(_tile("Token accuracy", f"{100 * accuracy:.1f}", "%", detail))
     evaluation = run.summary.get("evaluation")
     if evaluation:
         gain = 100 * evaluation["probe_gain"]
@@ -44,9 +44,9 @@ def tiles(run: RunRecord) -> Markup:
     used, size = run.final("codebook_used"), run.summary.get("codebook_size")
     if used is not None:
         perplexity = run.final("codebook_perplexity")
-        detail = f"perplexity {perplexity:,.0f}" if perplexity is not None else None
-        unit = f"of {size:,} codes" if size else "codes"
-        found.append(_tile("Codebook in use", f"{used:,.0f}", unit, detail))
+        parts = [f"of {size:,}"] if size else []
+        parts += [f"perplexity {perplexity:,.0f}"] if perplexity is not None else []
+        found.append(_tile("Codebook in use", f"{used:,.0f}", "codes", ", ".join(parts)))
     speed = run.typical("images_per_s")
     if speed is not None:
         wait = run.typical("data_wait_share")

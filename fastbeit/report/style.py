@@ -45,14 +45,15 @@ section {
 .tile .detail { font-size: 0.85rem; color: var(--muted); }
 .good { color: var(--good); } .warn { color: var(--warn); }
 .charts {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr));
   gap: 18px 28px; margin-top: 12px;
 }
 figure { margin: 0; }
 figcaption { font-size: 0.92rem; font-weight: 600; color: var(--ink); margin-bottom: 2px; }
+.chart.wide { grid-column: 1 / -1; }
 .chart svg { width: 100%; height: auto; display: block; }
 .chart svg text { font-family: inherit !important; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.95rem; }
 th, td {
   text-align: left; padding: 8px 14px 8px 0; border-bottom: 1px solid var(--line);

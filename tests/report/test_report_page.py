@@ -190,7 +190,7 @@ def test_every_section_and_number_is_there(html):
         "+4.5 points on the position-only 30.0 %",
         "79.0 %",
         "+19.0 points on the random encoder",
-        "200 of 256 codes",
+        "200 codesof 256, perplexity 88",
         "On 1,200 held-out images: masked loss 2.900 nats, accuracy 41.5 %",
         "is 19.0 points better than on the same encoder untrained",
         "5.0 points worse than on the raw pixels",
