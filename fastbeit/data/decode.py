@@ -69,12 +69,11 @@ def decode_opened(opened: OpenedImage, data: bytes, channels: int) -> Image.Imag
     header, image = opened
     try:
         pixels = _eight_bits(header, image, data)
-        if channels == 1:
-            if pixels.mode not in ("L", "LA", "1"):
-                pixels = pixels.convert("RGB")
-            pixels = pixels.convert("L")
-        else:
+        if channels == 1 and pixels.mode not in ("L", "LA", "1"):
             pixels = pixels.convert("RGB")
+        mode = "L" if channels == 1 else "RGB"
+        if pixels.mode != mode:
+            pixels = pixels.convert(mode)
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...

@@ -20,7 +20,9 @@ def _photo(height: int, width: int, channels: int = 3, seed: int = 0) -> NDArray
     planes = []
     for _ in range(channels):
         coarse = random.integers(0, 256, (max(2, height // 16), max(2, width // 16)), np.uint8)
-        plane = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+        plane = np.asarray(
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        )
         planes.append(plane + random.normal(0, 6, plane.shape))
     return np.stack(planes, axis=-1).round().clip(0, 255).astype(np.uint8)
 
