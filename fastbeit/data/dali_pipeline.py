@@ -14,14 +14,22 @@ left out. One graph serves both devices: "mixed" decoding and GPU operators, or 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import nvidia.dali as dali
 from numpy.typing import NDArray
-from nvidia.dali import fn, types
+from nvidia.dali import fn as dali_fn
 from nvidia.dali import math as dali_math
+from nvidia.dali import types as dali_types
 
 from fastbeit.data.plan import Plan
 from fastbeit.data.views import CONTRAST, SATURATION, ViewSpec
+
+# DALI's stubs know neither the names in ``types`` nor that one input gives one output.
+fn: Any = dali_fn
+types: Any = dali_types
+Node = Any  # nvidia.dali.data_node.DataNode
 
 STAGES = 3
 _TRUNCATE = -0.499
@@ -89,12 +97,12 @@ def build_decoder(device_id: int | None) -> dali.Pipeline:
 
 def pipeline_inputs(
     plan: Plan, sizes: NDArray[np.int32], channels: int, *, jitter: bool
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """The plan as the arrays that the graph of ``build_pipeline`` takes, the files apart."""
     top_B, left_B, height_B, width_B = plan.box.T
     # The box is in the flipped image; the graph cuts its mirror image and flips only that.
     left_B = np.where(plan.flip, sizes[:, 1] - left_B - width_B, left_B)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "start": np.stack([top_B, left_B], axis=1).astype(np.int32),
         "shape": np.stack([height_B, width_B], axis=1).astype(np.int32),
         "flip": plan.flip.astype(np.int32),
@@ -128,7 +136,7 @@ def jitter_matrices(
     return matrices
 
 
-def _decode(device_id: int | None) -> dali.data_node.DataNode:
+def _decode(device_id: int | None) -> Node:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     if device_id is None:
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
@@ -138,9 +146,7 @@ def _decode(device_id: int | None) -> dali.data_node.DataNode:
     )
 
 
-def _jitter_stage(
-    image: dali.data_node.DataNode, matrix: dali.data_node.DataNode, channels: int
-) -> dali.data_node.DataNode:
+def _jitter_stage(image: Node, matrix: Node, channels: int) -> Node:
     luma = image
     if channels == 3:
         luma = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
@@ -154,9 +160,7 @@ def _jitter_stage(
     return fn.reshape(jittered, layout="HWC")
 
 
-def _resize(
-    image: dali.data_node.DataNode, size: tuple[int, int], resample: str
-) -> dali.data_node.DataNode:
+def _resize(image: Node, size: tuple[int, int], resample: str) -> Node:
     """Rows first, then columns, each rounded and clamped to uint8, as ``views.resize`` does it.
 
     Left to itself DALI keeps float between the passes, and repeats the border pixel where a filter
@@ -186,7 +190,7 @@ def _resize(
     return image
 
 
-def _with_zeros(image: dali.data_node.DataNode, axis: int) -> dali.data_node.DataNode:
+def _with_zeros(image: Node, axis: int) -> Node:
     """One zero before and one behind along ``axis``."""
     length = image.shape(dtype=types.INT32)[axis : axis + 1]
     return fn.slice(
@@ -199,6 +203,6 @@ def _with_zeros(image: dali.data_node.DataNode, axis: int) -> dali.data_node.Dat
     )
 
 
-def _extent(image: dali.data_node.DataNode) -> dali.data_node.DataNode:
+def _extent(image: Node) -> Node:
     """Height and width as float."""
     return fn.cast(image.shape(dtype=types.INT32)[0:2], dtype=types.FLOAT)

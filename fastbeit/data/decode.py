@@ -125,15 +125,15 @@ def _png16_colour(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
     args = image.tile[0].args
-    return args if isinstance(args, str) else args[0]
+    return args if isinstance(args, str) else str(args[0] if args else None)
 
 
 def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
     tile = image.tile[0]
-    args = raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:])
+    args = (raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode
     image.tile = [tile._replace(args=args)]
 
 
-def _scaled(values: NDArray[np.uint32], full: int) -> Image.Image:
+def _scaled(values: NDArray[np.integer], full: int) -> Image.Image:
     """[0, full] to [0, 255], rounded to nearest."""
     return Image.fromarray(((values * 255 + full // 2) // full).clip(0, 255).astype(np.uint8))

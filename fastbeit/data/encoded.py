@@ -126,15 +126,20 @@ def encoded_batch(
     """Images and their plan as one NamedTuple of tensors."""
     data = np.frombuffer(b"".join(image.data for image in images), np.uint8).copy()
     return EncodedBatch(
-        epoch,
-        torch.from_numpy(wanted),
-        torch.from_numpy(plan.index),
-        torch.from_numpy(data),
-        torch.from_numpy(np.cumsum([len(image.data) for image in images], dtype=np.int64)),
-        torch.tensor([image.size for image in images], dtype=torch.int32),
-        *(None if values is None else torch.from_numpy(values) for values in plan[1:]),
-        gatherer.records(wanted, plan.index),
-        True,
+        epoch=epoch,
+        wanted=torch.from_numpy(wanted),
+        index=torch.from_numpy(plan.index),
+        data=torch.from_numpy(data),
+        ends=torch.from_numpy(np.cumsum([len(image.data) for image in images], dtype=np.int64)),
+        sizes=torch.tensor([image.size for image in images], dtype=torch.int32),
+        box=torch.from_numpy(plan.box),
+        flip=torch.from_numpy(plan.flip),
+        jitter=torch.from_numpy(plan.jitter),
+        jitter_order=torch.from_numpy(plan.jitter_order),
+        positions=torch.from_numpy(plan.positions),
+        drop_scale=None if plan.drop_scale is None else torch.from_numpy(plan.drop_scale),
+        bad=gatherer.records(wanted, plan.index),
+        complete=True,
     )
 
 
@@ -164,4 +169,19 @@ class EncodedWork:
 def no_images(epoch: int, bad: list[BadRecord]) -> EncodedBatch:
     """What is handed over when no good sample was found."""
     empty = torch.empty(0)
-    return EncodedBatch(epoch, *[empty] * 10, None, bad, False)
+    return EncodedBatch(
+        epoch=epoch,
+        wanted=empty,
+        index=empty,
+        data=empty,
+        ends=empty,
+        sizes=empty,
+        box=empty,
+        flip=empty,
+        jitter=empty,
+        jitter_order=empty,
+        positions=empty,
+        drop_scale=None,
+        bad=bad,
+        complete=False,
+    )

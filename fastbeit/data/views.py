@@ -210,7 +210,7 @@ def _constants(views: ViewSpec, device: torch.device) -> tuple[Tensor, Tensor, T
 def _affine(
     pixels: Tensor | NDArray[np.uint8], scale_C: Tensor, shift_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    if isinstance(pixels, np.ndarray):
+    if not isinstance(pixels, Tensor):
         pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
     on_device = pixels.to(scale_C.device, non_blocking=True)
     result_BHWC = on_device.to(torch.float32).mul_(scale_C).add_(shift_C)

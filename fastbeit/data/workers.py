@@ -154,7 +154,7 @@ class WorkerPool(Generic[Batch]):
         self._iterator = iter(())
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 

@@ -123,7 +123,7 @@ def test_truncated_and_corrupt_data_are_refused(photo, encode):
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encode(photo(200, 300), kind)
         for length in (len(data) // 2, len(data) * 9 // 10):
-            with pytest.raises(BadImage, match="cannot be (decoded|read)") as caught:
+            with pytest.raises(BadImage, match=r"cannot be (decoded|read)") as caught:
                 decode_image(data[:length])
             assert "0x" not in caught.value.reason
     png = bytearray(encode(photo(200, 300), "PNG"))

@@ -228,7 +228,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(photos):
     next(made)
     pids = worker_pids(made)
     os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
         for _ in range(100):
             next(made)
     wait_until_gone(pids)
