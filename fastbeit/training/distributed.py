@@ -104,9 +104,16 @@ def start(asked_device: str) -> World:
         local_rank=local_rank,
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=device,
-        control=dist.new_group(backend="gloo"),
-        storage=dist.new_group(backend="gloo"),
+        control=_cpu_group(),
+        storage=_cpu_group(),
     )
+
+
+def _cpu_group() -> dist.ProcessGroup:
+    """All ranks once more, on gloo."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def stop() -> None:

@@ -63,11 +63,12 @@ def finish_run(
     summary["below_chance_nats"] = summary["chance_loss_nats"] - summary["loss_nats"]
     summary["above_chance_points"] = 100 * (summary["accuracy"] - summary["chance_accuracy"])
     log.note(
-        f"masked loss {summary['loss_nats']:.3f} nats, {summary['below_chance_nats']:.3f} below the "
-        f"positional entropy {chance.loss_nats:.3f}; accuracy {100 * summary['accuracy']:.1f} %, "
+        f"masked loss {summary['loss_nats']:.3f} nats, {summary['below_chance_nats']:.3f} below "
+        f"the positional entropy {chance.loss_nats:.3f}; "
+        f"accuracy {100 * summary['accuracy']:.1f} %, "
         f"{summary['above_chance_points']:.1f} points above the best guess from the position "
-        f"({100 * chance.accuracy:.1f} %); {chance.codes_used} of {config.model.vocab_size} codes in "
-        "use"
+        f"({100 * chance.accuracy:.1f} %); {chance.codes_used} of {config.model.vocab_size} codes "
+        "in use"
     )
     if config.run.evaluate and config.data.data == "demo":
         validation = masked_validation(config, model, tokenizer, views)
