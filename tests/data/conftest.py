@@ -98,6 +98,9 @@ def _zoo() -> dict[str, bytes]:
     for orientation in range(1, 9):
         zoo[f"jpeg_turn_{orientation}.jpg"] = _oriented(rgb, "JPEG", orientation, quality=90)
         zoo[f"png_turn_{orientation}.png"] = _oriented(odd, "PNG", orientation)
+    # Orientation as a 32-bit number: PIL and viewers take it, DALI 2.4 leaves the image lying.
+    long = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\4\0\0\0\1\0\0\0\6\0\0\0\0"
+    zoo["jpeg_turn_as_long.jpg"] = _encode(rgb, "JPEG", exif=long)
     zoo["webp_turn_6.webp"] = _oriented(rgb, "WEBP", 6, lossless=True)
     zoo["tiff_turn_6.tif"] = _oriented(rgb, "TIFF", 6)
     return zoo

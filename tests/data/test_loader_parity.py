@@ -94,6 +94,28 @@ def test_tiny_crops_of_hard_edges(tmp_path, encode, write, resample):
     assert check(pairs) == 2 * 8 * len(files)
 
 
+def through_dali(image, boxes, factors, order, views):
+    """Both views of one image, by the graph itself: a row for each box."""
+    count, (height, width) = len(boxes), image.shape[:2]
+    plan = Plan(
+        np.arange(count),
+        np.array(boxes, np.int32),
+        np.zeros(count, bool),
+        np.array(factors, np.float32),
+        np.array(order, np.uint8),
+        np.zeros((count, 1), np.int32),
+        None,
+    )
+    pipeline = build_pipeline(views, batch=count, jitter=True, depth=1, threads=1, device_id=None)
+    ppm = np.frombuffer(to_ppm(Image.fromarray(image)), np.uint8)
+    pipeline.feed_input("encoded", [ppm] * count)
+    sizes = np.tile(np.array([height, width], np.int32), (count, 1))
+    for name, array in pipeline_inputs(plan, sizes, 3, jitter=True).items():
+        pipeline.feed_input(name, array)
+    pipeline.schedule_run()
+    return [np.array(view.as_tensor()).astype(int) for view in pipeline.share_outputs()[:2]]
+
+
 def test_golden_views_through_dali():
     """The pixels that the official pipeline gives, jitter included, from DALI's graph."""
     golden = load_file(GOLDEN)
@@ -103,34 +125,11 @@ def test_golden_views_through_dali():
     jitters = json.loads(metadata["jitter_brightness_contrast_saturation_order"])
     image = golden["image"]
     height, width = image.shape[:2]
-
-    def run(boxes, factors, order, views):
-        count = len(boxes)
-        plan = Plan(
-            np.arange(count),
-            np.array(boxes, np.int32),
-            np.zeros(count, bool),
-            np.array(factors, np.float32),
-            np.array(order, np.uint8),
-            np.zeros((count, 1), np.int32),
-            None,
-        )
-        pipeline = build_pipeline(
-            views, batch=count, jitter=True, depth=1, threads=1, device_id=None
-        )
-        ppm = np.frombuffer(to_ppm(Image.fromarray(image)), np.uint8)
-        pipeline.feed_input("encoded", [ppm] * count)
-        sizes = np.tile(np.array([height, width], np.int32), (count, 1))
-        for name, array in pipeline_inputs(plan, sizes, 3, jitter=True).items():
-            pipeline.feed_input(name, array)
-        pipeline.schedule_run()
-        return [np.array(view.as_tensor()).astype(int) for view in pipeline.share_outputs()[:2]]
-
-    student, tokens = run(boxes, np.ones((3, 3)), [[0, 1, 2]] * 3, ViewSpec())
+    student, tokens = through_dali(image, boxes, np.ones((3, 3)), [[0, 1, 2]] * 3, ViewSpec())
     whole = [[0, 0, height, width]] * 3
     order = [row[3] for row in jitters]
     same_size = ViewSpec(size=(height, width), token_size=(8, 8))
-    jittered, _ = run(whole, [row[:3] for row in jitters], order, same_size)
+    jittered, _ = through_dali(image, whole, [row[:3] for row in jitters], order, same_size)
     for row in range(3):
         for ours, key in (
             (student, f"box{row}.patches_bicubic_224"),
@@ -140,3 +139,17 @@ def test_golden_views_through_dali():
             difference = np.abs(ours[row] - golden[key])
             # Well inside the tolerance, so that a change for the worse is seen.
             assert difference.mean() <= 0.05 and np.percentile(difference, 99) <= 1, key
+
+
+def test_what_a_blend_leaves_alone_stays():
+    """Grey under saturation, and everything under factors of 1: exact, whatever the rounding."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    views = ViewSpec(size=(16, 16), token_size=(4, 4))
+    saturation = np.linspace(0.6, 1.4, 64)
+    factors = np.stack([np.ones(64), np.ones(64), saturation], axis=1)
+    boxes, order = [[0, 0, 16, 16]] * 64, [[0, 1, 2], [2, 0, 1]] * 32
+    grey, _ = through_dali(ramp, boxes, factors, order, views)
+    assert np.array_equal(grey, np.broadcast_to(ramp, grey.shape))
+    same, _ = through_dali(colours, boxes, np.ones((64, 3)), order, views)
+    assert np.array_equal(same, np.broadcast_to(colours, same.shape))
