@@ -100,10 +100,6 @@ class DaliEngine:
             return no_views(head.bad)
         try:
             images, token_images = self._collect(self._pipeline, head)
-            self._under_way.popleft()
-            if self._take():
-                self._feed(self._pipeline, self._under_way[-1])
-                self._pipeline.schedule_run()
         except RuntimeError as error:  # what DALI raises for anything; no sample is named
             head = self._repaired(head)
             if not head.complete:
@@ -111,6 +107,10 @@ class DaliEngine:
             images, token_images = self._alone(head, error)
             self._under_way.popleft()
             self._started = False
+        else:
+            self._under_way.popleft()
+            if self._take():
+                self._follow()
         return ViewBatch(
             head.index,
             images,
@@ -153,6 +153,15 @@ class DaliEngine:
         for batch in batches:
             self._feed(self._pipeline, batch)
         self._pipeline.schedule_run()
+
+    def _follow(self) -> None:
+        """Feed the batch that was taken last and start its run."""
+        try:
+            self._feed(self._pipeline, self._under_way[-1])
+            self._pipeline.schedule_run()
+        except RuntimeError:  # a batch before it has failed: start over with all that are waiting
+            self._pipeline = None
+            self._started = False
 
     def _take(self) -> bool:
         """Queue the workers' next batch. False when there is none that DALI could be fed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from importlib import metadata
 
 import numpy as np
@@ -143,6 +145,33 @@ def test_an_error_that_no_file_causes_is_passed_on(photos, monkeypatch):
     )
     with pytest.raises(RuntimeError, match=r"decodes every file alone: out of memory"):
         next(made)
+
+
+def test_a_dead_worker_is_an_error_not_taken_for_a_bad_file(photos):
+    with loader(photos, workers=1, total_steps=10_000, prefetch=1) as made:
+        first = next(made)
+        os.kill(made._engine._pool._iterator._workers[0].pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+            for _ in range(100):
+                next(made)
+        assert made.bad.count == 0 and len(first) == 8
+
+
+def test_a_run_that_cannot_be_started_is_started_over(photos, monkeypatch):
+    undisturbed = everything(loader(photos))
+    made = loader(photos)
+    engine, calls = made._engine, []
+    feed = engine._feed
+
+    def fail_once(pipeline, batch):
+        calls.append(batch)
+        if len(calls) == 4:  # two fill the queue; this is the second that follows
+            raise RuntimeError("the pipeline is broken")
+        feed(pipeline, batch)
+
+    monkeypatch.setattr(engine, "_feed", fail_once)
+    assert_same(everything(made), undisturbed)
+    assert len(calls) > 5
 
 
 def test_what_dali_is_given_undecoded(zoo):
