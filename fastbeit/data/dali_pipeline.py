@@ -32,8 +32,8 @@ types: Any = dali_types
 Node = Any  # nvidia.dali.data_node.DataNode
 
 STAGES = 3
-# Where PIL's blend is exact (a grey pixel, a factor of 1) these float32 sums are off by up to 3.5e-5:
-# half an ulp of f x <= 357, of (1 - f) D and of two sums. The margin to a half is just above that.
+# Where PIL's blend is exact (a grey pixel, a factor of 1) these float32 sums are off by up to
+# 3.5e-5: half an ulp of f x <= 357, of (1 - f) D and of two sums. The margin is just above that.
 _TRUNCATE = -0.49995
 _FILTERS = {
     "bilinear": types.INTERP_LINEAR,
