@@ -160,6 +160,15 @@ def gpu() -> Finding:
     )
 
 
+def cpu_bf16() -> str | None:
+    """The CPU's instructions for bf16 matrix products, in words; None where it has none."""
+    features = hardware.cpu_features()
+    for feature, words in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512"), ("bf16", "Arm bf16")):
+        if feature in features:
+            return words
+    return None
+
+
 def precision() -> Finding:
     """Whether bf16, the default, is fast here."""
     if gpu().usable:
@@ -174,10 +183,8 @@ def precision() -> Finding:
             f"SM {major}.{minor} has no bf16 tensor cores",
             "use --precision fp32, or a GPU of SM 8.0 or later",
         )
-    features = hardware.cpu_features()
-    for feature, words in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512"), ("bf16", "Arm bf16")):
-        if feature in features:
-            return Finding("precision", "ok", f"bf16 matrix products on the CPU ({words})")
+    if (words := cpu_bf16()) is not None:
+        return Finding("precision", "ok", f"bf16 matrix products on the CPU ({words})")
     return Finding(
         "precision",
         "absent",

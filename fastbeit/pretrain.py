@@ -58,6 +58,7 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
     # 1. Data, tokenizer, and what follows from them. Wrong input ends here, before any GPU work.
     run_dir = config.run_dir
     saved = setup.open_run(config, world)
+    config = setup.settle_precision(config, world.device)
     distributed.seed_everything(config.run.seed)
     source = setup.in_turn(world, lambda: open_source(config.data.data))
     tokenizer = load_tokenizer(

@@ -121,8 +121,9 @@ class RunConfig:
     """Images a rank takes at once (none: its share, up to 128); accumulation fills the rest."""
     seed: Annotated[int, arg(metavar="NUMBER")] = 0
     """Every random decision follows from it: weights, order, crops, masks, DropPath."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the student; the master weights, the reduction and AdamW are fp32 always."""
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"
+    """Arithmetic of the student; auto: bf16 where the hardware multiplies it, else fp32. The master
+    weights, the reduction and AdamW are fp32 always."""
     shard: Literal["none", "zero2", "zero3", "hybrid"] = "none"
     """What FSDP2 splits over ranks. zero2: gradients and optimizer state, zero3: parameters too.
     hybrid: as zero3 inside a node, with copies across nodes."""

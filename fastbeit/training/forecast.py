@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from rich import box
@@ -61,6 +62,8 @@ def forecast(
     Raises:
         ValueError: the batch can't be cut for so many ranks, or the warm-up outlasts the run.
     """
+    if config.run.precision == "auto":  # the plan is for GPUs, and there that means bf16
+        config = replace(config, run=replace(config.run, precision="bf16"))
     layout_ = layout.resolve_batch(config, gpus)
     images, images_note = _num_images(config)
     dvae, dvae_note = _tokenizer_config(config)

@@ -6,12 +6,14 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastbeit import environment
 from fastbeit.data.views import ViewSpec
 from fastbeit.training import checkpoint, control
 from fastbeit.training.chance import PositionalStats
@@ -65,6 +67,20 @@ def open_run(config: PretrainConfig, world: World) -> checkpoint.Saved | None:
 def config_as_json(config: PretrainConfig) -> dict[str, Any]:
     """The configuration as plain JSON values, for a checkpoint's ``state.json``."""
     return config_to_dict(config)
+
+
+def settle_precision(config: PretrainConfig, device: torch.device) -> PretrainConfig:
+    """``config`` with ``--precision auto`` replaced by what suits ``device``.
+
+    The run folder's config.json keeps "auto": a resume on other hardware may settle otherwise.
+    """
+    if config.run.precision != "auto":
+        return config
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = environment.cpu_bf16() is not None
+    return replace(config, run=replace(config.run, precision="bf16" if fast else "fp32"))
 
 
 def view_spec(config: PretrainConfig, tokenizer: Any) -> ViewSpec:

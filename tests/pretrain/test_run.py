@@ -41,7 +41,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(run):
     run.finish("--steps=4", "--stop-after=2", ranks=None)
     assert run.exit == {**run.exit, "code": 0, "step": 2, "reason": "--stop-after was reached"}
     refused = run.finish("--steps=4", "--lr=0.5", ranks=None, code=2)
-    assert "optimizer.lr: 0.0015 -> 0.5" in refused.stderr
+    assert "optimizer.lr: 0.001 -> 0.5" in refused.stderr
     assert "--allow-config-change" in refused.stderr
     run.finish("--steps=4", "--lr=0.5", "--allow-config-change", ranks=None)
     assert list(run.metrics) == [1, 2, 3, 4]

@@ -72,7 +72,12 @@ def test_the_same_configuration_gives_the_same_bytes(tmp_path: Path) -> None:
         ("optimizer", "betas", [0.9, "b"], r"optimizer.betas\[1\] must be a number"),
         ("run", "steps", 1.5, r"run.steps must be an integer or null, got 1.5"),
         ("run", "global_batch", True, r"run.global_batch must be an integer, got true"),
-        ("run", "precision", "fp8", r"run.precision must be one of 'bf16', 'fp32', got \"fp8\""),
+        (
+            "run",
+            "precision",
+            "fp8",
+            r"run.precision must be one of 'bf16', 'fp32', 'auto', got \"fp8\"",
+        ),
         ("run", "compile", 1, r"run.compile must be true or false, got 1"),
         ("data", "mean", 0.5, r"data.mean must be a list of a number, got 0.5"),
         ("model", "heads", 7, r"heads must divide width"),
