@@ -5,7 +5,9 @@ relaxation (arXiv 1611.01144). With logits l of a token, q = softmax(l), Gumbel 
 temperature tau, the decoder sees z = softmax((l + g) / tau), and the loss per sub-pixel is
 
     loss = R + beta * KL / (C * stride^2)
-    KL   = mean over tokens of  log V - H(q)             (nats a token, to the uniform prior)
+    KL   = mean over tokens of  sum_v q_v (log q_v - log p_v)                  (nats a token)
+    p    = 1 / V (published), or how often each code is in use: then the most frequent codes are
+           cheap, and a token takes a rare one only where that lowers R (entropy-constrained coding)
     R    = mean of  (x - mu)^2 / (2 sigma^2)              likelihood "mse", sigma = 0.1
     R    = mean of  log(2 b x (1 - x)) + |logit x - mu| / b    likelihood "logit-laplace"
 
@@ -55,8 +57,12 @@ def relaxed_bound(
     temperature: float,
     kl_weight: float,
     generator: torch.Generator,
+    prior: Tensor | None = None,
 ) -> Bound:
-    """The loss of mapped pixels [B, C, H, W]; differentiable in both networks."""
+    """The loss of mapped pixels [B, C, H, W]; differentiable in both networks.
+
+    ``prior`` is p of the module's docstring, float [V]; None is the uniform one.
+    """
     config = encoder.config
     features_BDhw = encoder.features(images)
     logits_BVhw = encoder.head(features_BDhw)
@@ -65,7 +71,8 @@ def relaxed_bound(
     relaxed_BVhw = F.softmax((logits_BVhw - noise.log()) / temperature, dim=1)
     reconstruction = negative_log_likelihood(decoder, decoder(relaxed_BVhw), images)
     log_q = F.log_softmax(logits_BVhw, dim=1)
-    kl = math.log(config.codes) + (log_q.exp() * log_q).sum(1).mean()
+    log_p = -math.log(config.codes) if prior is None else prior.log()[:, None, None]
+    kl = (log_q.exp() * (log_q - log_p)).sum(1).mean()
     loss = reconstruction + kl_weight * kl / (config.channels * config.stride**2)
     codes_Bhw = logits_BVhw.detach().argmax(1)
     return Bound(loss, reconstruction.detach(), kl.detach(), codes_Bhw, features_BDhw.detach())
@@ -116,6 +123,11 @@ class CodeUse:
     def dead(self) -> Tensor:
         """bool [V]."""
         return self.counts < self.threshold()
+
+    def prior(self) -> Tensor:
+        """float32 [V]: shares of the counts, 1 % of them spread evenly so that none is zero."""
+        share = self.counts / self.counts.sum().clamp(min=1e-30)
+        return (0.99 * share + 0.01 / self.codes).float()
 
     def used(self) -> int:
         """Codes that are not dead; host sync."""

@@ -161,6 +161,7 @@ def optimise(
             temperature=temperature,
             kl_weight=kl_weight,
             generator=generator,
+            prior=use.prior() if config.prior == "usage" and step > config.warmup_steps else None,
         )
         optimizer.zero_grad(set_to_none=True)
         bound.loss.backward()

@@ -78,6 +78,9 @@ class TrainConfig:
     """Share of the steps over which the temperature falls."""
     kl_weight: Annotated[float, arg(metavar="WEIGHT")] = 0.1
     """Final weight beta of the KL term in  R + beta KL / (channels * stride^2)."""
+    prior: Literal["uniform", "usage"] = "uniform"
+    """What KL measures from: uniform, as published, or how often each code is used (from the end of
+    the learning rate's warm-up on): plain areas then share few codes."""
     kl_warmup_share: Annotated[float, arg(metavar="SHARE")] = 0.2
     """Share of the steps over which beta rises from 0, by half a cosine."""
     dead_share: Annotated[float, arg(metavar="SHARE")] = 0.02

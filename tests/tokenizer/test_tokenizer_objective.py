@@ -89,6 +89,23 @@ def test_kl_is_weighted_per_sub_pixel():
     torch.testing.assert_close(weighted.loss, expected, rtol=1e-5, atol=0)
 
 
+def test_kl_to_the_codes_use():
+    pair = networks()
+    probabilities = torch.linspace(1, 5, 24) / torch.linspace(1, 5, 24).sum()
+    with torch.no_grad():
+        pair[0].head.w.zero_()
+        pair[0].head.b.copy_(probabilities.log())
+    assert float(bound(pair, images(), prior=probabilities).kl) == pytest.approx(0, abs=1e-6)
+    given = torch.full((24,), 1 / 24)
+    assert float(bound(pair, images(), prior=given).kl) == pytest.approx(
+        float(bound(pair, images()).kl), abs=1e-6
+    )
+    with torch.no_grad():
+        pair[0].head.b[2] = 100.0  # certainly code 2: the price is -log p
+    certain = bound(pair, images(), prior=probabilities)
+    assert float(certain.kl) == pytest.approx(-math.log(probabilities[2]), rel=1e-5)
+
+
 def test_noise_is_gumbel_and_a_low_temperature_samples_from_q():
     pair = networks()
     probabilities = torch.linspace(1, 5, 24) / torch.linspace(1, 5, 24).sum()
@@ -132,6 +149,7 @@ def test_code_use_decays_and_knows_the_dead():
     assert use.used() == 3
     share = torch.tensor([4, 1, 1]) / 6
     assert use.perplexity() == pytest.approx(math.exp(-(share * share.log()).sum()))
+    torch.testing.assert_close(use.prior(), 0.99 * torch.tensor([4, 1, 1, 0]) / 6 + 0.0025)
     even = CodeUse(8, 10, 0.1)
     even.update(torch.arange(8).view(1, 2, 4))
     assert even.perplexity() == pytest.approx(8) and even.used() == 8

@@ -95,6 +95,18 @@ def test_the_same_seed_gives_the_same_file(config, tmp_path):
     assert digests["a"] == digests["b"] != digests["c"]
 
 
+def test_the_prior_of_use_prices_the_same_tokens_otherwise(config, tmp_path):
+    last = {}
+    for prior in ("uniform", "usage"):
+        out = tmp_path / f"{prior}.safetensors"
+        train.train(replace(config, out=out, prior=prior, kl_weight=0.0, steps=20))
+        last[prior] = json.loads(out.with_suffix(".jsonl").read_text().splitlines()[0])
+    uniform, usage = last["uniform"], last["usage"]
+    assert usage["reconstruction_nats"] == uniform["reconstruction_nats"]
+    assert uniform["kl_nats"] <= math.log(config.codes)
+    assert abs(usage["kl_nats"] - uniform["kl_nats"]) > 0.05
+
+
 def test_the_saved_tokenizer_gives_the_measured_error(config):
     measured = train.train(replace(config, steps=20))
     tokenizer = load_tokenizer(config.out)
