@@ -73,18 +73,11 @@ CONFIG = {
 def _row(name: str, probe: float, knn: float, layer: int | None) -> dict:
     curve = [[probe - 0.03, probe - 0.02], [probe - 0.01, probe]] if layer else [[probe]]
     pooling = "mean" if layer else None
-    return {
-        "name": name,
-        "probe_accuracy": probe,
-        "probe_layer": layer,
-        "probe_pooling": pooling,
-        "probe_l2": 1e-3,
-        "probe_curve": curve,
-        "knn_accuracy": knn,
-        "knn_layer": layer,
-        "knn_pooling": pooling,
-        "knn_curve": curve,
-    }
+    row = {"name": name, "probe_l2": 1e-3}
+    for kind, accuracy in (("probe", probe), ("knn", knn)):
+        values = {"accuracy": accuracy, "layer": layer, "pooling": pooling, "curve": curve}
+        row |= {f"{kind}_{name}": value for name, value in values.items()}
+    return row
 
 
 SUMMARY = {
