@@ -71,8 +71,10 @@ def relaxed_bound(
     relaxed_BVhw = F.softmax((logits_BVhw - noise.log()) / temperature, dim=1)
     reconstruction = negative_log_likelihood(decoder, decoder(relaxed_BVhw), images)
     log_q = F.log_softmax(logits_BVhw, dim=1)
-    log_p = -math.log(config.codes) if prior is None else prior.log()[:, None, None]
-    kl = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+    if prior is None:
+        kl = math.log(config.codes) + (log_q.exp() * log_q).sum(1).mean()
+    else:
+        kl = (log_q.exp() * (log_q - prior.log()[:, None, None])).sum(1).mean()
     loss = reconstruction + kl_weight * kl / (config.channels * config.stride**2)
     codes_Bhw = logits_BVhw.detach().argmax(1)
     return Bound(loss, reconstruction.detach(), kl.detach(), codes_Bhw, features_BDhw.detach())
