@@ -10,6 +10,8 @@ bottom; exit codes are in ``fastbeit/training/control.py``.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections import deque
@@ -25,7 +27,7 @@ from fastbeit.data import BatchSchedule, make_loader, open_source
 from fastbeit.data.bad import TooManyBadSamples
 from fastbeit.model import BeitForMim
 from fastbeit.tokenizer import load_tokenizer
-from fastbeit.training import checkpoint, control, distributed, layout, setup
+from fastbeit.training import checkpoint, control, distributed, ending, layout, setup
 from fastbeit.training.chance import PositionalStats
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import mfu_meter
@@ -41,14 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     if command.plan:
         cli.print_plan(command)
         return control.EXIT_OK
-    world = None
+    run_dir, rank = command.config.run_dir, int(os.environ.get("RANK", "0"))
+    if code := control.deliberate_end(run_dir):
+        return code
     try:
-        world = distributed.start(command.config.run.device)
-        return train(command.config, world)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        if world is None or world.is_main or world.size == 1:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return control.EXIT_USAGE
+        return train(command.config, distributed.start(command.config.run.device))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if rank:  # where rank 0 failed too, it says why, and torchrun ends this one meanwhile
+            time.sleep(cli.GRACE_S)
+        print(f"error{f' on rank {rank}' * bool(rank)}: {error}", file=sys.stderr, flush=True)
+        wrong_input = isinstance(error, FileNotFoundError) or not isinstance(error, OSError)
+        code = control.EXIT_USAGE if wrong_input else control.EXIT_STORAGE
+        if run_dir.is_dir() and not isinstance(error, setup.InUse):
+            with contextlib.suppress(OSError):
+                control.write_exit(run_dir, code, 0, str(error))
+        return code
     finally:
         distributed.stop()
 
@@ -57,8 +66,9 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
     """Run or resume ``config`` on the ranks of ``world``; returns the exit code."""
     # 1. Data, tokenizer, and what follows from them. Wrong input ends here, before any GPU work.
     run_dir = config.run_dir
+    lock = setup.lock_run(run_dir, world)  # held until this function returns
     saved = setup.open_run(config, world)
-    config = setup.settle_precision(config, world.device)
+    asked, config = config, setup.settle_precision(config, world.device)
     distributed.seed_everything(config.run.seed)
     source = setup.in_turn(world, lambda: open_source(config.data.data))
     tokenizer = load_tokenizer(
@@ -106,8 +116,17 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
 
     start_step = 0
     if saved is not None:
-        setup.restore(saved, tensors(), stats, source.fingerprint, world)
+        setup.restore(
+            saved,
+            tensors(),
+            stats,
+            source.fingerprint,
+            tokenizer.describe().get("sha256"),
+            config.run.allow_config_change,
+            world,
+        )
         start_step = saved.step
+        setup.check_length(config, start_step, total_steps)
     saver = checkpoint.Checkpointer(
         run_dir / "checkpoints", world, keep=config.run.keep_checkpoints
     )
@@ -131,6 +150,7 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
         prefetch=config.data.prefetch,
         device=world.device,
         dtype=setup.DTYPES[config.run.precision],
+        token_dtype=setup.DTYPES[config.tokenizer.tokenizer_precision],
         bad_log=run_dir / "bad_samples.jsonl",
         max_bad_fraction=config.data.max_bad_fraction,
         max_pixels=config.data.max_pixels,
@@ -144,7 +164,8 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
         run_dir / "heartbeats", world, limit_s=60 * config.run.stall_minutes
     )
     window = Window(world.device)
-    recent: deque[tuple[int, list[int]]] = deque(maxlen=config.run.nonfinite_limit + 2)
+    # The device may be a few steps behind when it tells of the first bad one.
+    recent: deque[tuple[int, list[int]]] = deque(maxlen=config.run.nonfinite_limit + 16)
     feed = Feed(loader, watchdog, world.device)
     skipped = saved.state["skipped_steps"] if saved else 0
     trained_s = saved.state["trained_s"] if saved else 0.0
@@ -155,11 +176,12 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
     def state() -> dict[str, Any]:
         return {
             "world_size": world.size,
+            "device": world.device.type,
             "data_fingerprint": source.fingerprint,
             "tokenizer": tokenizer.describe(),
             "skipped_steps": skipped,
             "trained_s": trained_s + time.perf_counter() - began_s,
-            "config": setup.config_as_json(config),
+            "config": setup.config_as_json(asked),
         }
 
     def save(step: int) -> None:
@@ -217,39 +239,41 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
         if start_step < total_steps:
             save(finished)
             saver.wait()
+            world.barrier()  # no rank leaves before rank 0 has published it
     except torch.OutOfMemoryError as error:
-        print(setup.out_of_memory_advice(error, micro_batch, accumulation), file=sys.stderr)
-        return setup.end(run_dir, world, control.EXIT_USAGE, finished, "out of memory")
+        advice = ending.out_of_memory_advice(error, micro_batch, accumulation)
+        return ending.end_alone(run_dir, world, control.EXIT_USAGE, finished, advice)
     except TooManyBadSamples as error:
-        print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
-        if world.size == 1:
-            save(finished)
-            saver.wait()
-        # Always written: with several ranks the others stop in a collective, at torchrun's hand.
-        control.write_exit(run_dir, control.EXIT_BAD_DATA, finished, str(error))
-        return control.EXIT_BAD_DATA
+        if world.size == 1 and finished > start_step:
+            with contextlib.suppress(OSError):  # the checkpoint before it stands
+                save(finished)
+                saver.wait()
+        return ending.end_alone(run_dir, world, control.EXIT_BAD_DATA, finished, str(error))
     except OSError as error:
-        print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
-        return setup.end(run_dir, world, control.EXIT_STORAGE, finished, str(error))
+        return ending.end_alone(run_dir, world, control.EXIT_STORAGE, finished, str(error))
+    except ValueError as error:  # a fault of the program, not of its input: with a traceback
+        raise RuntimeError(f"step {finished} could not be finished") from error
     finally:
         feed.close()
         watchdog.close()
         trap.release()
         if code or finished < total_steps:
-            log.close()
+            with contextlib.suppress(OSError):  # disk full: what was flushed stays
+                log.close()
 
     # 5. Stopped early: say why. Finished: export, evaluate, report.
     if code:
         reason = trap.received or "another rank was asked to stop"
         if code == control.EXIT_NONFINITE:
-            reason = setup.save_nonfinite(run_dir, world, recent, source)
+            reason = ending.save_nonfinite(run_dir, world, recent, source)
             print(f"rank {world.rank}: {reason}", file=sys.stderr, flush=True)
-        return setup.end(run_dir, world, code, finished, reason)
+        return ending.end(run_dir, world, code, finished, reason)
     if finished < total_steps:
-        return setup.end(run_dir, world, control.EXIT_OK, finished, "--stop-after was reached")
+        return ending.end(run_dir, world, control.EXIT_OK, finished, "--stop-after was reached")
     finish_run(config, world, model, tokenizer, source, views, stats, log)
     log.close()
-    return setup.end(run_dir, world, control.EXIT_OK, finished, "finished")
+    del lock
+    return ending.end(run_dir, world, control.EXIT_OK, finished, "finished")
 
 
 class Feed:

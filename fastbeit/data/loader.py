@@ -56,6 +56,7 @@ class Loader:
         views: ViewSpec,
         device: torch.device,
         dtype: torch.dtype,
+        token_dtype: torch.dtype,
     ) -> None:
         self.backend = backend
         self.reason = reason
@@ -63,7 +64,7 @@ class Loader:
         self._engine = engine
         self._views = views
         self._device = device
-        self._dtype = dtype
+        self._dtypes = (dtype, token_dtype)
 
     def __iter__(self) -> Loader:
         return self
@@ -84,7 +85,7 @@ class Loader:
             self.close()
             raise
         images, token_images = finish_views(
-            batch.images, batch.token_images, self._views, self._device, self._dtype
+            batch.images, batch.token_images, self._views, self._device, *self._dtypes
         )
         drop_scale = batch.drop_scale
         return MimBatch(
@@ -130,6 +131,7 @@ def make_loader(
     prefetch: int = 2,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    token_dtype: torch.dtype = torch.float32,
     bad_log: Path | None = None,
     max_bad_fraction: float = 0.01,
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -154,7 +156,8 @@ def make_loader(
             None: by the cores there are for a rank. With DALI also its number of threads.
         prefetch: micro-batches that each worker (and DALI's pipeline) holds ready.
         device: where the batches go.
-        dtype: of both views; they are computed in float32.
+        dtype: of the student's view; it is computed in float32.
+        token_dtype: of the tokenizer's view. bfloat16 can't tell all 256 values of a pixel apart.
         bad_log: ``bad_samples.jsonl``, appended to.
         max_bad_fraction: share of the source's samples that may be bad (one always may be, unless
             it is 0).
@@ -214,7 +217,14 @@ def make_loader(
             needs_main=needs_main,
         )
     return Loader(
-        engine, backend=chosen, reason=reason, bad=bad, views=views, device=target, dtype=dtype
+        engine,
+        backend=chosen,
+        reason=reason,
+        bad=bad,
+        views=views,
+        device=target,
+        dtype=dtype,
+        token_dtype=token_dtype,
     )
 
 

@@ -174,17 +174,18 @@ def finish_views(
     views: ViewSpec,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    token_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """uint8 views ``[B, h, w, C]`` to float ``[B, C, h, w]`` on ``device``, channels-last.
 
     Returns:
         The student's images, (x / 255 - mean) / std, and the tokenizer's, x / 255 * scale + offset;
-        computed in float32, given in ``dtype``.
+        computed in float32, given in ``dtype`` and ``token_dtype`` (None: the same).
     """
     image_scale, image_shift, token_scale, token_shift = _constants(views, torch.device(device))
     return (
         _affine(images, image_scale, image_shift, dtype),
-        _affine(token_images, token_scale, token_shift, dtype),
+        _affine(token_images, token_scale, token_shift, token_dtype or dtype),
     )
 
 

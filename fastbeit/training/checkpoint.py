@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -23,8 +22,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from fastbeit.training.checkpoint_index import (
+    cause,
+    check_index,
+    check_sums,
+    complete_checkpoints,
+)
 from fastbeit.training.distributed import World
 
 STATE_FORMAT = 1
@@ -48,8 +52,16 @@ def find_latest(folder: Path) -> Saved | None:
     pointer = folder / "latest"
     if not pointer.exists():
         return None
-    path = folder / pointer.read_text(encoding="utf-8").strip()
-    return read_saved(path)
+    path = folder / (pointer.read_text(encoding="utf-8").strip() or "(empty)")
+    try:
+        return read_saved(path)
+    except ValueError as error:
+        others = [p.name for p in complete_checkpoints(folder) if p != path]
+        if not others:
+            raise
+        raise ValueError(
+            f"{error}. {pointer} can name another one, as it stands: {', '.join(others)}"
+        ) from error
 
 
 def read_saved(path: Path) -> Saved:
@@ -142,20 +154,24 @@ class Checkpointer:
                 shutil.rmtree(writing, ignore_errors=True)
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: "
-                f"{_cause(error)}; the one before it is intact"
+                f"{cause(error)} ({_free_bytes(self.folder) / 2**20:.0f} MiB are free there); the "
+                "one before it is intact"
             ) from error
         return step
 
     def _publish(self, writing: Path, step: int, state: dict[str, Any]) -> None:
         final = self.folder / f"step-{step:08d}"
         write_durably(writing / "state.json", json.dumps(state, indent=1))
-        if final.exists():  # saved again at the same step after a resume
-            shutil.rmtree(final)
-        os.replace(writing, final)
+        if final.exists():  # saved again at the same step after a resume: never without a whole one
+            aside = final.with_suffix(".old.writing")
+            os.replace(final, aside)
+            os.replace(writing, final)
+            shutil.rmtree(aside)
+        else:
+            os.replace(writing, final)
         _sync_folder(self.folder)
         write_durably(self.folder / "latest", final.name + "\n")
-        complete = sorted(p for p in self.folder.glob("step-????????") if p.is_dir())
-        for old in complete[: -self.keep]:
+        for old in complete_checkpoints(self.folder)[: -self.keep]:
             if old != final:
                 shutil.rmtree(old)
 
@@ -167,55 +183,15 @@ def load_tensors(saved: Saved, tensors: Mapping[str, Tensor], world: World) -> N
         ValueError: the checkpoint lacks a tensor, holds it in another shape, or its index names
             anything but tensors.
     """
-    _check_index(saved.path / ".metadata")
+    index = check_index(saved.path / ".metadata")
+    check_sums(saved.path, index, world)
     try:
         dcp.load(dict(tensors), checkpoint_id=saved.path, process_group=world.storage)
     except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"{saved.path} does not fit this model or is damaged: {_cause(error)}; resume with the "
+            f"{saved.path} does not fit this model or is damaged: {cause(error)}; resume with the "
             "configuration it was written with, or start in another run folder"
         ) from error
-
-
-class _IndexReader(pickle.Unpickler):
-    """Reads a checkpoint's index, which is a pickle, without calling what it doesn't need."""
-
-    _METADATA = "torch.distributed.checkpoint.metadata"
-    _NEEDED = frozenset(
-        {
-            ("pathlib", "PosixPath"),
-            ("torch", "Size"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            (_METADATA, "BytesStorageMetadata"),
-            (_METADATA, "ChunkStorageMetadata"),
-            (_METADATA, "Metadata"),
-            (_METADATA, "MetadataIndex"),
-            (_METADATA, "StorageMeta"),
-            (_METADATA, "TensorProperties"),
-            (_METADATA, "TensorStorageMetadata"),
-            (_METADATA, "_MEM_FORMAT_ENCODING"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in self._NEEDED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-
-def _check_index(path: Path) -> None:
-    """Refuse an index that would run code or name pickled objects once the library reads it."""
-    try:
-        with open(path, "rb") as file:
-            index = _IndexReader(file).load()
-        entries = index.state_dict_metadata
-        foreign = [k for k, v in entries.items() if not isinstance(v, TensorStorageMetadata)]
-    except Exception as error:
-        raise ValueError(f"{path} is not the index of a checkpoint: {_cause(error)}") from error
-    if foreign:
-        raise ValueError(f"{path} holds other things than tensors: {', '.join(foreign[:5])}")
 
 
 def rng_tensors(world: World) -> dict[str, Tensor]:
@@ -235,12 +211,16 @@ def restore_rng(states: Mapping[str, Tensor], world: World) -> None:
 
 def write_durably(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` at once: readers see the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    # Of this process alone: two ranks may record why they end in the same instant.
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.new")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
@@ -252,10 +232,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of the innermost reason: distributed checkpoint errors wrap each rank's."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        inner = next(iter(failures.values()))
-        error = inner[0] if isinstance(inner, tuple) else inner
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+def _free_bytes(folder: Path) -> int:
+    space = os.statvfs(folder)
+    return space.f_bavail * space.f_frsize

@@ -114,7 +114,7 @@ class RunConfig:
     steps: Annotated[int | None, arg(metavar="STEPS")] = None
     """Length of the run in optimizer steps, instead of epochs."""
     stop_after: Annotated[int | None, arg(metavar="STEPS")] = None
-    """Stop (saving first) after this many steps in this process, leaving the schedule as it is."""
+    """Stop (saving first) once the run is at this step, leaving the schedule as it is."""
     global_batch: Annotated[int, arg(metavar="IMAGES")] = 2048
     """Images an optimizer step, over all ranks and accumulation steps."""
     micro_batch: Annotated[int | None, arg(metavar="IMAGES")] = None

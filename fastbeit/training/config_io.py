@@ -100,6 +100,11 @@ def load_config(path: Path | str) -> PretrainConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def config_from_dict(content: dict[str, Any]) -> PretrainConfig:
+    """The inverse of :func:`config_to_dict`; ValueError names a key that doesn't fit."""
+    return _read_struct(PretrainConfig, content, "")
+
+
 def diff_configs(before: PretrainConfig, after: PretrainConfig) -> list[str]:
     """What differs in what is trained, one line a field: ``optimizer.lr: 0.0015 -> 0.002``.
 

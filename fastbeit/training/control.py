@@ -3,11 +3,13 @@
 SIGTERM, SIGINT or SIGUSR1 to *any* rank makes every rank finish the same step, save it and exit
 with :data:`EXIT_INTERRUPTED`; a second signal exits at once. torchrun passes SIGTERM and SIGINT on
 to its ranks and then returns 1 whatever their code was: ``exit.json`` in the run folder says why a
-run ended. (SIGUSR1 kills torchrun itself: send it to the ranks.)
+run ended. (SIGUSR1 kills torchrun itself: send it to the ranks.) torchrun kills ranks that have not
+ended 30 s after it passed a signal on: with slow steps or slow storage give it --shutdown-timeout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -35,9 +37,13 @@ EXIT_BAD_DATA = 4
 EXIT_STALLED = 5
 """No step was finished for too long."""
 EXIT_STORAGE = 6
-"""The last checkpoint could not be written."""
+"""The run folder could not be written; the last complete checkpoint stands."""
 EXIT_INTERRUPTED = 75
 """Stopped by a signal after saving; the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+
+SAME_SIGNAL_S = 1.0
+"""A batch system or systemd signals torchrun *and* its ranks, so ranks get the one signal twice:
+within this time a second is the first."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -85,6 +91,7 @@ class SignalTrap:
 
     def __init__(self, vote: StopVote, world: World) -> None:
         self.received: str | None = None
+        self._first_s = 0.0
         self._vote = vote
         self._rank = world.rank
         self._before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -92,14 +99,18 @@ class SignalTrap:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
         if self.received is not None:
+            if now_s - self._first_s < SAME_SIGNAL_S:
+                return
             os._exit(EXIT_INTERRUPTED)
-        self.received = signal.Signals(number).name
+        self.received, self._first_s = signal.Signals(number).name, now_s
         # os.write: print may not be called again from inside itself, where a signal can arrive.
         note = (
             f"rank {self._rank}: {self.received}: saving after this step; again to exit at once\n"
         )
-        os.write(sys.stderr.fileno(), note.encode())
+        with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+            os.write(sys.stderr.fileno(), note.encode())
         self._vote.ask(EXIT_INTERRUPTED)
 
     def release(self) -> None:
@@ -132,7 +143,7 @@ class Watchdog:
         self._limit_s = limit_s
         self._every_s = min(every_s, limit_s / 4)
         self._step, self._phase = 0, "loading"
-        self._moved_s = time.time()
+        self._moved_s = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +152,7 @@ class Watchdog:
     def at(self, step: int, phase: str) -> None:
         """Say what this rank does now: loading, computing, waiting or saving."""
         if step != self._step or phase == "loading":
-            self._moved_s = time.time()
+            self._moved_s = time.monotonic()
         self._step, self._phase = step, phase
 
     def close(self) -> None:
@@ -151,22 +162,30 @@ class Watchdog:
 
     def _watch(self) -> None:
         mine = self._folder / f"rank-{self._world.rank}.json"
-        while not self._stop.wait(self._every_s):
-            now = time.time()
-            mine.write_text(json.dumps(Beat(self._step, self._phase, now)), encoding="utf-8")
-            if now - self._moved_s > self._limit_s:
-                self._report(now)
+        # At once: a rank that stalls early has reported, and an old run's file is replaced.
+        while True:
+            beat = Beat(self._step, self._phase, time.time())
+            with contextlib.suppress(OSError):  # a full disk must not end the watch
+                mine.write_text(json.dumps(beat), encoding="utf-8")
+            still_s = time.monotonic() - self._moved_s
+            if still_s > self._limit_s:
+                self._report(still_s)
+            if self._stop.wait(self._every_s):
+                return
 
-    def _report(self, now: float) -> None:
-        print(
-            f"rank {self._world.rank}: no step finished for {now - self._moved_s:.0f} s (step "
-            f"{self._step}, {self._phase}); {self.culprit(now)}",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        write_exit(self._folder.parent, EXIT_STALLED, self._step, self.culprit(now))
-        os._exit(EXIT_STALLED)
+    def _report(self, still_s: float) -> None:
+        try:
+            culprit = self.culprit(time.time())
+            print(
+                f"rank {self._world.rank}: no step finished for {still_s:.0f} s (step "
+                f"{self._step}, {self._phase}); {culprit}",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(all_threads=True)
+            write_exit(self._folder.parent, EXIT_STALLED, self._step, culprit)
+        finally:  # whatever can't be written: a rank that waits on would keep its GPU
+            os._exit(EXIT_STALLED)
 
     def culprit(self, now: float) -> str:
         """Which rank holds up the others, in words."""
@@ -184,6 +203,27 @@ class Watchdog:
             beats.items(), key=lambda item: (item[1].step, self.ORDER.index(item[1].phase))
         )
         return f"rank {rank} is furthest behind: step {beat.step}, {beat.phase}"
+
+
+def deliberate_end(run_dir: Path) -> int:
+    """The code with which an attempt before this one ended on purpose, or 0.
+
+    torchrun --max-restarts starts ranks again whatever their exit code was; one that was told to
+    stop, or can't go on, must stay stopped.
+    """
+    record = run_dir / "exit.json"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                record.unlink(missing_ok=True)  # of the run before
+        return EXIT_OK
+    try:
+        code = int(json.loads(record.read_text(encoding="utf-8"))["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return EXIT_OK
+    return (
+        code if code in {EXIT_USAGE, EXIT_NONFINITE, EXIT_BAD_DATA, EXIT_INTERRUPTED} else EXIT_OK
+    )
 
 
 def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:

@@ -175,4 +175,5 @@ def mfu_meter(
     """The meter of a run on ``device``, against the peak of the student's precision."""
     encoder = tokenizer_flops(tokenizer.config, config.model.grid, config.mask.target)
     flops = step_flops(config, encoder.total)
+    assert config.run.precision != "auto", "settle the precision first"
     return MfuMeter(flops, peak_flops(device, config.run.precision))

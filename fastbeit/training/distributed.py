@@ -26,6 +26,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+TIMEOUT = timedelta(minutes=60)
+"""Of every collective. A new group's default is 30 minutes, and the first indexing of a large data
+set on rank 0 may take longer."""
+
 BLOCKS_PER_UNIT = 3
 """Blocks gathered and reduced together: 85 M parameters in units of one block give messages too
 small to fill a link, and one unit leaves nothing to overlap with."""
@@ -94,7 +98,7 @@ def start(asked_device: str) -> World:
             store=dist.PrefixStore(f"attempt-{attempt}", store),
             rank=rank,
             world_size=size,
-            timeout=timedelta(minutes=60),
+            timeout=TIMEOUT,
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -111,7 +115,7 @@ def start(asked_device: str) -> World:
 
 def _cpu_group() -> dist.ProcessGroup:
     """All ranks once more, on gloo."""
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

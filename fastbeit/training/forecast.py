@@ -196,6 +196,7 @@ def _time(
     else:
         yield Row("hours", "not known", "nothing measured or published: give --images-per-s")
     flops = step_flops(config, tokenizer_flops(dvae, config.model.grid, config.mask.target).total)
+    assert config.run.precision != "auto", "settled in forecast()"
     peak = peak_flops(REFERENCE_GPU, config.run.precision)
     assert peak.flops_per_s is not None
     yield Row(

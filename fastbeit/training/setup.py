@@ -1,24 +1,30 @@
-"""What surrounds the training loop: opening the run folder, resuming, announcing, ending."""
+"""What comes before the training loop: the run folder, resuming, announcing."""
 
 from __future__ import annotations
 
-import json
+import fcntl
 import math
-from collections import deque
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastbeit import environment
 from fastbeit.data.views import ViewSpec
-from fastbeit.training import checkpoint, control
+from fastbeit.training import checkpoint
 from fastbeit.training.chance import PositionalStats
 from fastbeit.training.config import PretrainConfig
-from fastbeit.training.config_io import config_to_dict, diff_configs, load_config, save_config
+from fastbeit.training.config_io import (
+    config_from_dict,
+    config_to_dict,
+    diff_configs,
+    save_config,
+)
 from fastbeit.training.distributed import World
 from fastbeit.training.progress import RunLog
 
@@ -45,9 +51,9 @@ def open_run(config: PretrainConfig, world: World) -> checkpoint.Saved | None:
     """
     run_dir = config.run_dir
     saved = checkpoint.find_latest(run_dir / "checkpoints")
-    path = run_dir / "config.json"
-    if saved is not None and path.exists():
-        changes = diff_configs(load_config(path), config)
+    if saved is not None:
+        # The checkpoint's own: config.json is replaced by each start, also by one that then fails.
+        changes = diff_configs(config_from_dict(saved.state["config"]), config)
         if changes and not config.run.allow_config_change:
             raise ValueError(
                 f"{run_dir} holds a run at step {saved.step} with another configuration:\n  "
@@ -58,10 +64,45 @@ def open_run(config: PretrainConfig, world: World) -> checkpoint.Saved | None:
     world.barrier()
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, path)
+        save_config(config, run_dir / "config.json")
         (run_dir / "exit.json").unlink(missing_ok=True)
     world.barrier()
     return saved
+
+
+class InUse(ValueError):
+    """Another process trains in the run folder."""
+
+
+def lock_run(run_dir: Path, world: World) -> BinaryIO | None:
+    """Keep other runs out of ``run_dir`` while the returned file is open (rank 0's). Collective.
+
+    Raises:
+        InUse: on every rank, when another process trains there.
+    """
+    file, refusal = None, None
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / "lock", "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
+            file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200).decode(errors="replace")
+            refusal = (
+                f"{run_dir} is in use by another run ({owner}): stop that one first, or pass "
+                "another --run-dir"
+            )
+        except OSError:
+            pass  # a file system without locks can't tell
+    heard = [refusal]
+    dist.broadcast_object_list(heard, src=0, group=world.control)
+    if heard[0] is not None:
+        raise InUse(heard[0])
+    return file
 
 
 def config_as_json(config: PretrainConfig) -> dict[str, Any]:
@@ -121,6 +162,8 @@ def restore(
     tensors: dict[str, Tensor],
     stats: PositionalStats,
     fingerprint: str,
+    tokenizer_sha256: str | None,
+    allow_change: bool,
     world: World,
 ) -> None:
     """Load a checkpoint into the live ``tensors`` and statistics.
@@ -134,12 +177,35 @@ def restore(
             "sizes differs), so the order of samples can't be continued; give the same data, or "
             "another --run-dir to start afresh"
         )
-    rng = checkpoint.rng_tensors(world) if saved.state["world_size"] == world.size else {}
+    before = saved.state["tokenizer"].get("sha256")
+    if before != tokenizer_sha256 and not allow_change:
+        raise ValueError(
+            f"{saved.path} was trained with another tokenizer of that name (sha256 {before}, now "
+            f"{tokenizer_sha256}): its tokens mean something else. Give the same file, or pass "
+            "--allow-config-change"
+        )
+    # Only user code draws from these generators: other ranks or another device may differ.
+    same = (saved.state["world_size"], saved.state["device"]) == (world.size, world.device.type)
+    rng = checkpoint.rng_tensors(world) if same else {}
     counts = torch.zeros_like(tensors["chance.counts"])
     checkpoint.load_tensors(saved, {**tensors, "chance.counts": counts, **rng}, world)
     stats.load(counts)
     if rng:
         checkpoint.restore_rng(rng, world)
+
+
+def check_length(config: PretrainConfig, start_step: int, total_steps: int) -> None:
+    """ValueError where a run is to end before the step at which it is."""
+    if start_step > total_steps:
+        raise ValueError(
+            f"{config.run_dir} is at step {start_step} already and this run would have "
+            f"{total_steps}: pass a longer --steps or --epochs, or another --run-dir"
+        )
+    if start_step < total_steps and (config.run.stop_after or total_steps) <= start_step:
+        raise ValueError(
+            f"{config.run_dir} is at step {start_step} already: --stop-after "
+            f"{config.run.stop_after} lies behind it"
+        )
 
 
 def open_log(
@@ -200,39 +266,3 @@ def forgiving(log: RunLog, action: Callable[[], Any]) -> None:
         action()
     except OSError as error:
         log.note(f"warning: {error}; training goes on, the next checkpoint will try again")
-
-
-def save_nonfinite(
-    run_dir: Path, world: World, recent: deque[tuple[int, list[int]]], source: Any
-) -> str:
-    """Write which samples the last steps of this rank saw; returns the sentence to print."""
-    path = run_dir / f"nonfinite-rank-{world.rank}.json"
-    steps = [
-        {"step": step, "samples": [{"index": i, "name": source.name(i)} for i in ids]}
-        for step, ids in recent
-    ]
-    checkpoint.write_durably(path, json.dumps(steps, indent=1))
-    return (
-        "the loss or the gradient was not finite for too many steps in a row; none of them was "
-        f"applied, the checkpoint holds the last good weights, and {path} names the samples. "
-        "Lower --lr, or look at those samples"
-    )
-
-
-def out_of_memory_advice(error: Exception, micro_batch: int, accumulation: int) -> str:
-    """What to change when the device's memory is too small."""
-    first = str(error).splitlines()[0]
-    if micro_batch == 1:
-        return f"out of memory at one image a rank: {first}. Use a smaller model or --shard zero3"
-    return (
-        f"out of memory at {micro_batch} images a rank: {first}. Pass --micro-batch "
-        f"{micro_batch // 2}: accumulation goes from {accumulation} to {2 * accumulation} and the "
-        "global batch stays as it is"
-    )
-
-
-def end(run_dir: Path, world: World, code: int, step: int, reason: str) -> int:
-    """Record why the run ended (rank 0) and return the exit code."""
-    if world.is_main:
-        control.write_exit(run_dir, code, step, reason)
-    return code

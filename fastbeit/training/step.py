@@ -4,7 +4,7 @@ The loss of a step is the mean over the masked tokens of the *global* batch, who
 known once every rank has drawn its masks. Each micro-batch therefore adds (sum of its losses) / S,
 with S the mask slots of the global batch, a constant; the factor S / K, the gradient clip and the
 skip of a non-finite step all go into the scale that the fused AdamW divides gradients by. One
-all-reduce of five numbers carries losses, counts and the gradient norm.
+all-reduce of four numbers carries losses, counts and the gradient norm.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ class Run:
     def __init__(self, run_dir: Path, data: Path | str) -> None:
         self.dir = run_dir
         self.data = data
+        self.extra_environment: dict[str, str] = {}
 
     def command(self, *flags: str, ranks: int | None = 1, torchrun: tuple[str, ...] = ()):
         """Plain ``python -m`` for ranks=None, torchrun otherwise."""
@@ -41,7 +42,12 @@ class Run:
 
     @property
     def environment(self):
-        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            **self.extra_environment,
+        }
 
     def start(self, *flags: str, **options) -> subprocess.Popen:
         return subprocess.Popen(

@@ -100,3 +100,14 @@ def test_a_dead_rank_is_restarted_from_the_last_checkpoint(run, other_run):
     assert process.returncode == 0, errors
     assert "resuming at step" in output
     assert run.losses == other_run.losses
+
+
+def test_a_stop_is_not_undone_by_restarts(run):
+    process = run.start("--steps=5000", ranks=2, torchrun=("--max-restarts=1",))
+    wait_for(lambda: (run.dir / "metrics.jsonl").exists() and len(run.metrics) >= 3, process)
+    os.kill(rank_pids(run, 2)[0], signal.SIGUSR1)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert run.exit["code"] == 75 and run.exit["reason"] == "SIGUSR1"
+    assert "resuming" not in output
+    assert run.exit["step"] == max(run.metrics)

@@ -1,9 +1,15 @@
 """A whole run: what it leaves behind, and what it refuses."""
 
+import fcntl
 import json
+import os
 
 import pytest
+import torch
 from safetensors import safe_open
+
+from fastbeit.tokenizer import load_tokenizer
+from fastbeit.tokenizer.files import DEMO_PATH, save_tokenizer
 
 
 def test_a_run_leaves_weights_metrics_summary_and_report(run):
@@ -100,3 +106,46 @@ def test_a_diverging_run_stops_and_names_the_samples(run):
         steps = json.loads((run.dir / f"nonfinite-rank-{rank}.json").read_text())
         assert len(steps) >= 3 and len(steps[-1]["samples"]) == 16
         assert steps[-1]["samples"][0]["name"].endswith(".png")
+
+
+def test_a_run_folder_in_use_is_refused(run):
+    run.dir.mkdir()
+    with open(run.dir / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused = run.finish("--steps=2", ranks=2, code=1)
+    assert "in use by another run" in refused.stderr
+    assert not (run.dir / "config.json").exists() and not (run.dir / "exit.json").exists()
+
+
+def test_another_tokenizer_of_the_same_name_is_refused(run, tmp_path):
+    path = tmp_path / "tokenizer.safetensors"
+    path.write_bytes(DEMO_PATH.read_bytes())
+    flags = ["--steps=4", f"--tokenizer={path}"]
+    run.finish(*flags, "--stop-after=1", ranks=None)
+    other = load_tokenizer("demo")
+    with torch.no_grad():
+        other.encoder.head.b[0] += 1.0
+    save_tokenizer(path, other.encoder, other.decoder, origin={"made": "by a test"})
+    refused = run.finish(*flags, ranks=None, code=2)
+    assert "another tokenizer of that name" in refused.stderr
+    assert run.exit["code"] == 2
+
+
+def test_an_error_on_one_rank_alone_is_said_and_recorded(run, tmp_path, images):
+    """Rank 1's cache of shard indexes, or its mount, may be broken where rank 0's is not."""
+    hidden = tmp_path / "sitecustomize.py"
+    hidden.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import fastbeit.data.source as source\n"
+        "    def refuse(*args, **options):\n"
+        "        raise ValueError('nothing is mounted here')\n"
+        "    source.open_source = refuse\n"
+        "    import fastbeit.data\n"
+        "    fastbeit.data.open_source = refuse\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    run.extra_environment = {"PYTHONPATH": path}
+    stopped = run.finish("--steps=2", ranks=2, code=1)
+    assert "error on rank 1: nothing is mounted here" in stopped.stderr
+    assert run.exit["code"] == 2 and "nothing is mounted" in run.exit["reason"]

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pathlib
 import pickle
+import shutil
+import sys
 
 import pytest
 import torch
@@ -161,3 +164,53 @@ def test_write_durably_replaces_whole_files(tmp_path):
     write_durably(path, json.dumps([1]))
     assert json.loads(path.read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_changed_bytes_are_found_before_they_are_trained_on(tmp_path, world):
+    saver = Checkpointer(tmp_path, world, keep=2)
+    for step in (1, 2):
+        saver.save(step, {"x": torch.arange(4096.0)}, {})
+    saver.wait()
+    file = tmp_path / "step-00000002" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged.*write step-00000001 into"):
+        load_tensors(find_latest(tmp_path), {"x": torch.zeros(4096)}, world)
+
+
+def test_a_lost_checkpoint_is_named_with_the_one_that_is_left(tmp_path, world):
+    saver = Checkpointer(tmp_path, world, keep=2)
+    for step in (1, 2):
+        saver.save(step, {"x": torch.ones(3)}, {})
+    saver.wait()
+    shutil.rmtree(tmp_path / "step-00000002")
+    with pytest.raises(ValueError, match="can name another one, as it stands: step-00000001"):
+        find_latest(tmp_path)
+
+
+def test_an_index_of_python_3_13_is_read(tmp_path, world, monkeypatch):
+    """There, and there alone, paths are pickled as ``pathlib._local.PosixPath``."""
+    monkeypatch.setitem(sys.modules, "pathlib._local", pathlib)
+    monkeypatch.setattr(pathlib.PosixPath, "__module__", "pathlib._local")
+    saver = Checkpointer(tmp_path, world, keep=1)
+    saver.save(1, {"x": torch.ones(3)}, {})
+    saver.wait()
+    value = {"x": torch.zeros(3)}
+    load_tensors(find_latest(tmp_path), value, world)
+    assert value["x"].tolist() == [1.0] * 3
+
+
+def test_saving_a_step_again_never_leaves_latest_without_a_checkpoint(tmp_path, world, monkeypatch):
+    saver = Checkpointer(tmp_path, world, keep=1)
+    saver.save(1, {"x": torch.ones(3)}, {})
+    saver.wait()
+    real = shutil.rmtree
+
+    def watched(path, **options):
+        assert (tmp_path / "step-00000001" / ".metadata").is_file()
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    saver.save(1, {"x": torch.zeros(3)}, {})
+    assert saver.wait() == 1

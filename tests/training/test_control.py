@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -106,8 +107,45 @@ def test_first_signal_votes_second_exits_at_once(tmp_path):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
     assert process.stdout.readline() == "agreed SIGUSR1\n"
+    time.sleep(control.SAME_SIGNAL_S)
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == control.EXIT_INTERRUPTED
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("attempt", "code", "expected"), [(1, 75, 75), (1, 0, 0), (1, 6, 0), (0, 75, 0)]
+)
+def test_a_restart_by_torchrun_does_not_undo_a_deliberate_end(
+    tmp_path, monkeypatch, attempt, code, expected
+):
+    write_exit(tmp_path, code, 12, "SIGUSR1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+    monkeypatch.setenv("RANK", "0")
+    assert control.deliberate_end(tmp_path) == expected
+
+
+def test_a_full_disk_does_not_end_the_watch(tmp_path, world, monkeypatch):
+    ended = []
+    monkeypatch.setattr(control.os, "_exit", ended.append)
+    monkeypatch.setattr(
+        control, "write_exit", lambda *a: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    monkeypatch.setattr(
+        control.Path, "write_text", lambda *a, **k: (_ for _ in ()).throw(OSError(28))
+    )
+    monkeypatch.setattr(threading, "excepthook", lambda *a: None)
+    watchdog = Watchdog(tmp_path / "beats", world, limit_s=0.2)
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ended[0] == control.EXIT_STALLED
+    watchdog._stop.set()
+
+
+def test_a_rank_has_reported_as_soon_as_it_is_watched(tmp_path, world):
+    watchdog = Watchdog(tmp_path / "beats", world, limit_s=3600)
+    watchdog.close()
+    assert (tmp_path / "beats" / "rank-0.json").exists()
