@@ -6,8 +6,9 @@ tables. At the end a linear probe compares the trained encoder with a random one
 
     torchrun --standalone -m fastbeit.pretrain            # demo is the default
 
-Expected: under five minutes on two CPU cores (4 min 35 s measured, with AMX). The run prints what it reached, beside the chance
-lines, and writes it to summary.json.
+Expected: under five minutes on two CPU cores (4 min 35 s measured, with AMX), and a linear probe 10
+points or more above the random encoder's. The run prints what it reached, beside the chance lines,
+and writes it to summary.json.
 """
 
 from __future__ import annotations
