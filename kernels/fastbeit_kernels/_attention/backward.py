@@ -41,7 +41,6 @@ def query_gradient_step(
     v_token,
     bias_base,
     bias_rows,
-    filled,
     columns,
     keys,
     keys_of_8,
@@ -59,7 +58,7 @@ def query_gradient_step(
     k_cw = load_keys(k_base, columns, k_token, keys, WIDTH, PADDED_WIDTH, LAST)
     v_cw = load_keys(v_base, columns, v_token, keys, WIDTH, PADDED_WIDTH, LAST)
     s_qc = score_tile(
-        q_qw, k_cw, bias_base, bias_rows, filled, columns, keys, keys_of_8, scale, BIAS, LAST
+        q_qw, k_cw, bias_base, bias_rows, columns, keys, keys_of_8, scale, BIAS, LAST
     )
     p_qc = exponential(s_qc, lse_q[:, None], EXACT)
     ds_qc = p_qc * (dot(dout_qw, tl.trans(v_cw)) - delta_q[:, None])
@@ -116,7 +115,7 @@ def attention_backward_queries(
     k_base = k_ptr + image * k_image + head * k_head
     v_base = v_ptr + image * v_image + head * v_head
     bias_base = bias_ptr + (image * bias_image_8 + head * bias_head_8) * 8
-    bias_rows = bias_rows * bias_row_8 * 8
+    bias_rows = tl.where(filled, bias_rows, 0) * bias_row_8 * 8
     dout_base = dout_ptr + image * dout_image + head * dout_head
     dout_qw = load_rows(dout_base, rows, dout_token, filled, WIDTH, PADDED_WIDTH)
     out_base = out_ptr + (image * queries * heads + head) * WIDTH
@@ -133,13 +132,13 @@ def attention_backward_queries(
     for start in range(0, whole, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         dq_qw = query_gradient_step(
-            q_qw, dout_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, filled, columns,
+            q_qw, dout_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, columns,
             keys, keys_of_8, scale, lse_q, delta_q, dq_qw, WIDTH, PADDED_WIDTH, BIAS, EXACT, False,
         )  # fmt: skip
     if TAIL > 0:
         columns = whole + tl.arange(0, TAIL)
         dq_qw = query_gradient_step(
-            q_qw, dout_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, filled, columns,
+            q_qw, dout_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, columns,
             keys, keys_of_8, scale, lse_q, delta_q, dq_qw, WIDTH, PADDED_WIDTH, BIAS, EXACT, True,
         )  # fmt: skip
     dq_base = dq_ptr + image * dq_image + head * dq_head

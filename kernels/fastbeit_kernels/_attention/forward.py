@@ -3,7 +3,7 @@
 A program serves one block of query rows of one head of one image. ``attention_forward_rows`` holds
 a whole row of scores in registers (up to 256 keys, in tiles of falling powers of two: 197 keys are
 128 + 64 + 16, so that 208 columns are computed and not 256) and takes the softmax once.
-``attention_forward_online`` goes through the keys block by block and rescales (Dao et al.,
+``attention_forward`` goes through the keys block by block and rescales (Dao et al.,
 arXiv 2205.14135), for any length.
 
 Shapes: q query rows of the block, c key columns of a tile, w head width padded to a power of two.
@@ -67,113 +67,7 @@ def finish_rows(
 
 
 @triton.jit
-def attention_forward_rows(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    positions_ptr,
-    out_ptr,
-    lse_ptr,
-    q_image,
-    q_token,
-    q_head,
-    k_image,
-    k_token,
-    k_head,
-    v_image,
-    v_token,
-    v_head,
-    bias_image_8,
-    bias_head_8,
-    bias_row_8,
-    heads,
-    queries,
-    keys,
-    scale,
-    WIDTH: tl.constexpr,
-    PADDED_WIDTH: tl.constexpr,
-    BIAS: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_0: tl.constexpr,
-    TILE_1: tl.constexpr,
-    TILE_2: tl.constexpr,
-    TILE_3: tl.constexpr,
-):
-    """Whole rows. Key tiles TILE_0..3 follow each other; a tile of 0 is absent, and ends them."""
-    image, head, rows, filled, bias_rows = query_block(
-        positions_ptr, heads, queries, ROWS, POSITIONS
-    )
-    k_base = k_ptr + image * k_image + head * k_head
-    v_base = v_ptr + image * v_image + head * v_head
-    bias_base = bias_ptr + (image * bias_image_8 + head * bias_head_8) * 8
-    bias_rows = bias_rows * bias_row_8 * 8
-    q_base = q_ptr + image * q_image + head * q_head
-    q_qw = load_rows(q_base, rows, q_token, filled, WIDTH, PADDED_WIDTH)
-    keys_of_8 = tl.cdiv(keys, 8)
-
-    columns_0 = tl.arange(0, TILE_0)
-    k_cw = load_keys(k_base, columns_0, k_token, keys, WIDTH, PADDED_WIDTH, TILE_1 == 0)
-    s_0 = score_tile(
-        q_qw, k_cw, bias_base, bias_rows, filled, columns_0, keys, keys_of_8, scale, BIAS,
-        TILE_1 == 0,
-    )  # fmt: skip
-    largest_q = tl.max(s_0, 1)
-    if TILE_1 > 0:
-        columns_1 = TILE_0 + tl.arange(0, TILE_1)
-        k_cw = load_keys(k_base, columns_1, k_token, keys, WIDTH, PADDED_WIDTH, TILE_2 == 0)
-        s_1 = score_tile(
-            q_qw, k_cw, bias_base, bias_rows, filled, columns_1, keys, keys_of_8, scale, BIAS,
-            TILE_2 == 0,
-        )  # fmt: skip
-        largest_q = tl.maximum(largest_q, tl.max(s_1, 1))
-    if TILE_2 > 0:
-        columns_2 = TILE_0 + TILE_1 + tl.arange(0, TILE_2)
-        k_cw = load_keys(k_base, columns_2, k_token, keys, WIDTH, PADDED_WIDTH, TILE_3 == 0)
-        s_2 = score_tile(
-            q_qw, k_cw, bias_base, bias_rows, filled, columns_2, keys, keys_of_8, scale, BIAS,
-            TILE_3 == 0,
-        )  # fmt: skip
-        largest_q = tl.maximum(largest_q, tl.max(s_2, 1))
-    if TILE_3 > 0:
-        columns_3 = TILE_0 + TILE_1 + TILE_2 + tl.arange(0, TILE_3)
-        k_cw = load_keys(k_base, columns_3, k_token, keys, WIDTH, PADDED_WIDTH, True)
-        s_3 = score_tile(
-            q_qw, k_cw, bias_base, bias_rows, filled, columns_3, keys, keys_of_8, scale, BIAS, True
-        )
-        largest_q = tl.maximum(largest_q, tl.max(s_3, 1))
-
-    # A row of nothing but -inf would subtract inf from inf.
-    largest_q = tl.where(largest_q == float("-inf"), 0.0, largest_q)
-    p_0 = exponential(s_0, largest_q[:, None], EXACT)
-    total_q = tl.sum(p_0, 1)
-    v_cw = load_keys(v_base, columns_0, v_token, keys, WIDTH, PADDED_WIDTH, TILE_1 == 0)
-    out_qw = dot(p_0.to(v_cw.dtype), v_cw)
-    if TILE_1 > 0:
-        p_1 = exponential(s_1, largest_q[:, None], EXACT)
-        total_q += tl.sum(p_1, 1)
-        v_cw = load_keys(v_base, columns_1, v_token, keys, WIDTH, PADDED_WIDTH, TILE_2 == 0)
-        out_qw = dot_add(p_1.to(v_cw.dtype), v_cw, out_qw)
-    if TILE_2 > 0:
-        p_2 = exponential(s_2, largest_q[:, None], EXACT)
-        total_q += tl.sum(p_2, 1)
-        v_cw = load_keys(v_base, columns_2, v_token, keys, WIDTH, PADDED_WIDTH, TILE_3 == 0)
-        out_qw = dot_add(p_2.to(v_cw.dtype), v_cw, out_qw)
-    if TILE_3 > 0:
-        p_3 = exponential(s_3, largest_q[:, None], EXACT)
-        total_q += tl.sum(p_3, 1)
-        v_cw = load_keys(v_base, columns_3, v_token, keys, WIDTH, PADDED_WIDTH, True)
-        out_qw = dot_add(p_3.to(v_cw.dtype), v_cw, out_qw)
-    finish_rows(
-        out_ptr, lse_ptr, image, head, heads, rows, queries, filled, out_qw, largest_q, total_q,
-        WIDTH, PADDED_WIDTH,
-    )  # fmt: skip
-
-
-@triton.jit
-def online_step(
+def forward_step(
     q_qw,
     k_base,
     v_base,
@@ -181,7 +75,6 @@ def online_step(
     v_token,
     bias_base,
     bias_rows,
-    filled,
     columns,
     keys,
     keys_of_8,
@@ -198,7 +91,7 @@ def online_step(
     """One block of keys: (out, largest, total) rescaled to the new largest score, and extended."""
     k_cw = load_keys(k_base, columns, k_token, keys, WIDTH, PADDED_WIDTH, LAST)
     s_qc = score_tile(
-        q_qw, k_cw, bias_base, bias_rows, filled, columns, keys, keys_of_8, scale, BIAS, LAST
+        q_qw, k_cw, bias_base, bias_rows, columns, keys, keys_of_8, scale, BIAS, LAST
     )
     new_q = tl.maximum(largest_q, tl.max(s_qc, 1))
     safe_q = tl.where(new_q == float("-inf"), 0.0, new_q)
@@ -210,7 +103,7 @@ def online_step(
 
 
 @triton.jit
-def attention_forward_online(
+def attention_forward(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -250,7 +143,7 @@ def attention_forward_online(
     k_base = k_ptr + image * k_image + head * k_head
     v_base = v_ptr + image * v_image + head * v_head
     bias_base = bias_ptr + (image * bias_image_8 + head * bias_head_8) * 8
-    bias_rows = bias_rows * bias_row_8 * 8
+    bias_rows = tl.where(filled, bias_rows, 0) * bias_row_8 * 8
     q_base = q_ptr + image * q_image + head * q_head
     q_qw = load_rows(q_base, rows, q_token, filled, WIDTH, PADDED_WIDTH)
     keys_of_8 = tl.cdiv(keys, 8)
@@ -260,14 +153,14 @@ def attention_forward_online(
     whole = keys // COLUMNS * COLUMNS
     for start in range(0, whole, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        out_qw, largest_q, total_q = online_step(
-            q_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, filled, columns, keys,
+        out_qw, largest_q, total_q = forward_step(
+            q_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, columns, keys,
             keys_of_8, scale, out_qw, largest_q, total_q, WIDTH, PADDED_WIDTH, BIAS, EXACT, False,
         )  # fmt: skip
     if TAIL > 0:
         columns = whole + tl.arange(0, TAIL)
-        out_qw, largest_q, total_q = online_step(
-            q_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, filled, columns, keys,
+        out_qw, largest_q, total_q = forward_step(
+            q_qw, k_base, v_base, k_token, v_token, bias_base, bias_rows, columns, keys,
             keys_of_8, scale, out_qw, largest_q, total_q, WIDTH, PADDED_WIDTH, BIAS, EXACT, True,
         )  # fmt: skip
     finish_rows(

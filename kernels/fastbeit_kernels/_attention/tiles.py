@@ -83,7 +83,6 @@ def score_tile(
     k_cw,
     bias_ptr,
     bias_rows,
-    filled,
     columns,
     keys,
     keys_of_8,
@@ -100,11 +99,10 @@ def score_tile(
     if BIAS:
         pointers = bias_ptr + bias_rows[:, None] + columns[None, :]
         if LAST:
-            there = filled[:, None] & (columns < keys_of_8 * 8)[None, :]
-            bias_qc = tl.load(pointers, mask=there, other=0.0)
+            there = (columns < keys_of_8 * 8)[None, :]
+            scores_qc += tl.load(pointers, mask=there, other=0.0).to(tl.float32)
         else:
-            bias_qc = tl.load(pointers, mask=filled[:, None], other=0.0)
-        scores_qc += bias_qc.to(tl.float32)
+            scores_qc += tl.load(pointers).to(tl.float32)
     if LAST:
         scores_qc = tl.where((columns < keys)[None, :], scores_qc, float("-inf"))
     return scores_qc
