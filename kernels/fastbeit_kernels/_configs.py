@@ -31,14 +31,43 @@ class Tile:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    whole_rows: Tile  # columns: the widest key tile
-    online: Tile
-    queries: Tile  # dQ
-    keys: Tile  # dK, dV, dBias
-    # Programs that the dK/dV kernel is cut into, at most: more fill the GPU better, fewer make
-    # fewer slices of dBias to write and to sum.
+    """Tiles of the three kernels.
+
+    ``key_programs``: programs that the dK/dV kernel is cut into, at most. More fill the GPU better;
+    fewer mean fewer slices of dBias to write and to sum.
+    """
+
+    forward: Tile
+    queries: Tile
+    keys: Tile
     key_programs: int
     source: str = COMPILED
+
+
+# Registers and spills, BEiT-B's heads with bias, bf16, Triton 3.7.1.
+#   sm_90: forward 132, dQ 189, dK/dV 255, no spills. 128 rows read keys and values half as often as
+#   64 do, and L2 is what binds. 264 programs are two rounds of the H100's 132 multiprocessors.
+HOPPER = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 264)
+HOPPER_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 264)
+#   sm_80: forward 160, dQ 168, dK/dV 247, no spills; 64 keys by 32 queries would spill. 216
+#   programs are what the A100's 108 multiprocessors hold at once.
+AMPERE = AttentionConfig(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), 216)
+AMPERE_WIDE = AttentionConfig(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(16, 64, 4, 2), 216)
+#   fp32 multiplies on the ordinary units (ieee, never tf32), for checks more than for training.
+FP32 = AttentionConfig(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), 512)
+FP32_WIDE = AttentionConfig(Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), 512)
+
+ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
+    (family, bits, width): config
+    for family, half, half_wide in (
+        ("sm_80", AMPERE, AMPERE_WIDE),
+        ("sm_86", AMPERE, AMPERE_WIDE),
+        ("sm_90", HOPPER, HOPPER_WIDE),
+        ("sm_100", HOPPER, HOPPER_WIDE),
+    )
+    for bits, narrow, wide in ((16, half, half_wide), (32, FP32, FP32_WIDE))
+    for width, config in ((64, narrow), (128, wide))
+}
 
 
 def family_of(capability: tuple[int, int]) -> str:
@@ -54,24 +83,9 @@ def family_of(capability: tuple[int, int]) -> str:
             return "sm_86"
 
 
-HOPPER_64 = AttentionConfig(
-    whole_rows=Tile(128, 128, 8, 2),
-    online=Tile(128, 64, 8, 2),
-    queries=Tile(128, 64, 8, 2),
-    keys=Tile(32, 128, 8, 2),
-    key_programs=264,
-)
-FP32 = AttentionConfig(
-    whole_rows=Tile(32, 64, 4, 1),
-    online=Tile(32, 32, 4, 1),
-    queries=Tile(32, 32, 4, 1),
-    keys=Tile(16, 32, 4, 1),
-    key_programs=512,
-)
-
-
 def attention_config(family: str, bits: int, padded_width: int) -> AttentionConfig:
-    return FP32 if bits == 32 else HOPPER_64
+    """The entry for elements of ``bits`` and heads ``padded_width`` wide (a power of two)."""
+    return ATTENTION[family, bits, max(64, padded_width)]
 
 
 def bias_slices(config: AttentionConfig, batch: int, heads: int, keys: int) -> int:

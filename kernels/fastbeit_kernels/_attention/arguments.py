@@ -1,39 +1,20 @@
 """From tensors to kernel launches.
 
-A :class:`Launch` is plain data: the operators run it, and the compile report reads from the same
-data, made of meta tensors, which code a training compiles.
+The operators run the launches made here; the compile report makes the same ones of meta tensors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._configs import AttentionConfig, Tile, attention_config, bias_slices, family_of
-from . import backward, forward
+from .._launch import Launch
+from . import backward_keys, backward_queries, forward
 
-WHOLE_ROW_KEYS = 256
 SUM_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: ``arguments`` are tensors and numbers, ``constants`` are compiled in."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    grid: int
-    warps: int
-    stages: int
-
-    def run(self) -> None:
-        self.kernel[(self.grid,)](
-            **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages
-        )
 
 
 def padded_width(width: int) -> int:
@@ -47,22 +28,6 @@ def config_of(q: Tensor, family: str | None = None) -> AttentionConfig:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
         family = family_of(capability)
     return attention_config(family, q.element_size() * 8, padded_width(q.shape[-1]))
-
-
-def key_tiles(keys: int, widest: int) -> tuple[int, int, int, int]:
-    """Four widths of falling powers of two, zeros last, that cover the keys with least waste.
-
-    None where more than four tiles of at most ``widest`` would be needed: see whole_rows_fit.
-    """
-    left = -(-keys // 16) * 16
-    tiles = []
-    while left > 0:
-        tile = min(widest, 1 << (left.bit_length() - 1))
-        tiles.append(tile)
-        left -= tile
-    if len(tiles) > 4:
-        raise ValueError(f"{keys} keys don't fit four tiles of at most {widest}")
-    return tuple(tiles + [0] * (4 - len(tiles)))  # pyright: ignore[reportReturnType]
 
 
 def tail_of(keys: int, columns: int) -> int:
@@ -101,6 +66,16 @@ def _constants(q: Tensor, bias: Tensor | None, positions: Tensor | None) -> dict
     }
 
 
+def _blocks(tile: Tile, keys: int) -> dict[str, int]:
+    return {"ROWS": tile.rows, "COLUMNS": tile.columns, "TAIL": tail_of(keys, tile.columns)}
+
+
+def _launch(
+    kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], grid: int, tile: Tile
+) -> Launch:
+    return Launch(kernel, arguments, constants, grid, tile.warps, tile.stages)
+
+
 def _row_programs(q: Tensor, tile: Tile) -> int:
     return -(-q.shape[1] // tile.rows) * q.shape[2] * q.shape[0]
 
@@ -136,21 +111,14 @@ def forward_launch(
         "keys": keys,
         "scale": scale,
     }
-    constants = _constants(q, bias, positions)
-    if keys <= WHOLE_ROW_KEYS:
-        tile = config.whole_rows
-        tiles = key_tiles(keys, tile.columns)
-        constants |= {"ROWS": tile.rows} | {f"TILE_{n}": tiles[n] for n in range(4)}
-        kernel = forward.attention_forward_rows
-    else:
-        tile = config.online
-        constants |= {
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "TAIL": tail_of(keys, tile.columns),
-        }
-        kernel = forward.attention_forward_online
-    return Launch(kernel, arguments, constants, _row_programs(q, tile), tile.warps, tile.stages)
+    constants = _constants(q, bias, positions) | _blocks(config.forward, keys)
+    return _launch(
+        forward.attention_forward,
+        arguments,
+        constants,
+        _row_programs(q, config.forward),
+        config.forward,
+    )
 
 
 def query_gradient_launch(
@@ -190,13 +158,9 @@ def query_gradient_launch(
         "keys": keys,
         "scale": scale,
     }
-    constants = _constants(q, bias, positions) | {
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "TAIL": tail_of(keys, tile.columns),
-    }
-    kernel = backward.attention_backward_queries
-    return Launch(kernel, arguments, constants, _row_programs(q, tile), tile.warps, tile.stages)
+    constants = _constants(q, bias, positions) | _blocks(tile, keys)
+    kernel = backward_queries.attention_backward_queries
+    return _launch(kernel, arguments, constants, _row_programs(q, tile), tile)
 
 
 def key_gradient_launch(
@@ -251,8 +215,8 @@ def key_gradient_launch(
         "ROWS": tile.rows,
     }
     grid = -(-keys // tile.columns) * heads * slices
-    kernel = backward.attention_backward_keys
-    return Launch(kernel, arguments, constants, grid, tile.warps, tile.stages)
+    kernel = backward_keys.attention_backward_keys
+    return _launch(kernel, arguments, constants, grid, tile)
 
 
 def bias_sum_launch(dbias_slices: Tensor, dbias: Tensor) -> Launch:
@@ -264,7 +228,7 @@ def bias_sum_launch(dbias_slices: Tensor, dbias: Tensor) -> Launch:
         "slices": dbias_slices.shape[0],
     }
     grid = -(-dbias.numel() // SUM_BLOCK)
-    return Launch(backward.bias_gradient_sum, arguments, {"BLOCK": SUM_BLOCK}, grid, 4, 1)
+    return Launch(backward_keys.bias_gradient_sum, arguments, {"BLOCK": SUM_BLOCK}, grid, 4, 1)
 
 
 def slices_for(bias: Tensor, k: Tensor, config: AttentionConfig) -> int:

@@ -16,13 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, dot_add, exponential, load_keys, load_rows, score_tile, store_rows
+from .tiles import dot_add, exponential, load_keys, load_rows, score_tile, store_rows
 
 
 @triton.jit
-def query_block(
-    positions_ptr, heads, queries, ROWS: tl.constexpr, POSITIONS: tl.constexpr
-):
+def query_block(positions_ptr, heads, queries, ROWS: tl.constexpr, POSITIONS: tl.constexpr):
     """Which (image, head, rows) a program serves, and the bias row of each of its rows.
 
     Row blocks of one head of one image are neighbours, so that keys and values come from L2.
@@ -90,9 +88,7 @@ def forward_step(
 ):
     """One block of keys: (out, largest, total) rescaled to the new largest score, and extended."""
     k_cw = load_keys(k_base, columns, k_token, keys, WIDTH, PADDED_WIDTH, LAST)
-    s_qc = score_tile(
-        q_qw, k_cw, bias_base, bias_rows, columns, keys, keys_of_8, scale, BIAS, LAST
-    )
+    s_qc = score_tile(q_qw, k_cw, bias_base, bias_rows, columns, keys, keys_of_8, scale, BIAS, LAST)
     new_q = tl.maximum(largest_q, tl.max(s_qc, 1))
     safe_q = tl.where(new_q == float("-inf"), 0.0, new_q)
     p_qc = exponential(s_qc, safe_q[:, None], EXACT)

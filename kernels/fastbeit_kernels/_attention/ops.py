@@ -19,89 +19,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import arguments
-from .._triton_device import on_device
+from .run import bias_gradient_shape, reduce_bias_gradient, run_backward, run_forward
 
 NAMESPACE = __name__.rsplit(".", 2)[0].replace(".", "_")
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself wherever its head rows lie in one piece, as they do in packed qkv."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    read: Tensor | None,
-    positions: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, width = q.shape
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    out = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    config = arguments.config_of(q)
-    with on_device(q):
-        arguments.forward_launch(q, k, v, read, positions, out, lse, scale, config).run()
-    return out, lse
-
-
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    read: Tensor | None,
-    positions: Tensor | None,
-    scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    bias_gradient: bool,
-) -> Tensor:
-    """Fill dq, dk, dv; return dBias fp32 ``[B or 1, H, rows, padded keys]`` (or an empty tensor)."""
-    config = arguments.config_of(q)
-    dout, q, k, v = (_rows_contiguous(x) for x in (dout, q, k, v))
-    delta = torch.empty_like(lse)
-    slices = None
-    if bias_gradient:
-        assert read is not None
-        slices = torch.empty(
-            arguments.slices_for(read, k, config),
-            *_bias_gradient_shape(q, k, read, positions)[1:],
-            dtype=torch.float32,
-            device=q.device,
-        )
-    with on_device(q):
-        arguments.query_gradient_launch(
-            q, k, v, read, positions, out, lse, dout, dq, delta, scale, config
-        ).run()
-        arguments.key_gradient_launch(
-            q, k, v, read, positions, lse, delta, dout, dk, dv, slices, scale, config
-        ).run()
-        if slices is None or read is None:
-            return torch.empty(0, dtype=torch.float32, device=q.device)
-        if read.shape[0] > 1 or slices.shape[0] == 1:
-            return slices
-        dbias = torch.empty_like(slices[:1])
-        arguments.bias_sum_launch(slices, dbias).run()
-    return dbias
-
-
-def _bias_gradient_shape(
-    q: Tensor, k: Tensor, read: Tensor, positions: Tensor | None
-) -> tuple[int, int, int, int]:
-    rows = q.shape[1] if positions is None else read.shape[2]
-    return (read.shape[0], q.shape[2], rows, -(-k.shape[1] // 8) * 8)
-
-
-def _bias_gradient(dbias: Tensor, shape: torch.Size, dtype: torch.dtype, keys: int) -> Tensor:
-    """What the kernels give, summed along the bias's broadcast dimensions (rare), in its dtype."""
-    return dbias[..., :keys].sum_to_size(shape).to(dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_forward", mutates_args=())
@@ -114,7 +34,7 @@ def attention_forward(
     positions: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, read, positions, scale)
+    return run_forward(q, k, v, read, positions, scale)
 
 
 @attention_forward.register_fake
@@ -146,9 +66,7 @@ def attention_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dbias = _backward(
-        dout, q, k, v, out, lse, read, positions, scale, dq, dk, dv, bias_gradient
-    )
+    dbias = run_backward(dout, q, k, v, out, lse, read, positions, scale, dq, dk, dv, bias_gradient)
     return dq, dk, dv, dbias
 
 
@@ -174,7 +92,7 @@ def _fake_bias_gradient(
 ) -> Tensor:
     shape = (0,)
     if bias_gradient and read is not None:
-        shape = _bias_gradient_shape(q, k, read, positions)
+        shape = bias_gradient_shape(q, k, read, positions)
     return q.new_empty(shape, dtype=torch.float32)
 
 
@@ -194,7 +112,7 @@ def _attention_gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[
     )
     if not wants_bias:
         return dq, dk, dv, None, None, None, None
-    dbias = _bias_gradient(dbias, ctx.bias_shape, ctx.bias_dtype, k.shape[1])
+    dbias = reduce_bias_gradient(dbias, ctx.bias_shape, ctx.bias_dtype, k.shape[1])
     return dq, dk, dv, dbias, None, None, None
 
 
@@ -206,7 +124,7 @@ def attention_packed_forward(
     qkv: Tensor, bias: Tensor | None, read: Tensor | None, positions: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
-    return _forward(q, k, v, read, positions, scale)
+    return run_forward(q, k, v, read, positions, scale)
 
 
 @attention_packed_forward.register_fake
@@ -231,7 +149,7 @@ def attention_packed_backward(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
-    dbias = _backward(dout, q, k, v, out, lse, read, None, scale, dq, dk, dv, bias_gradient)
+    dbias = run_backward(dout, q, k, v, out, lse, read, None, scale, dq, dk, dv, bias_gradient)
     return dqkv, dbias
 
 
@@ -256,7 +174,7 @@ def _packed_gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Ten
     dqkv, dbias = attention_packed_backward(dout, qkv, out, lse, read, ctx.scale, wants_bias)
     if not wants_bias:
         return dqkv, None, None, None, None
-    dbias = _bias_gradient(dbias, ctx.bias_shape, ctx.bias_dtype, qkv.shape[1])
+    dbias = reduce_bias_gradient(dbias, ctx.bias_shape, ctx.bias_dtype, qkv.shape[1])
     return dqkv, dbias, None, None, None
 
 
@@ -280,9 +198,7 @@ def _readable(bias: Tensor | None, dtype: torch.dtype, keys: int) -> Tensor | No
         return None
     bias = bias.detach()
     bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
-    read = torch.empty(
-        *bias.shape[:3], -(-keys // 8) * 8, dtype=dtype, device=bias.device
-    )
+    read = torch.empty(*bias.shape[:3], -(-keys // 8) * 8, dtype=dtype, device=bias.device)
     read[..., :keys] = bias
     return read
 

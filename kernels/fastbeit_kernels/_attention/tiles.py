@@ -54,9 +54,7 @@ def load_all_rows(base, rows, stride, WIDTH: tl.constexpr, PADDED_WIDTH: tl.cons
 
 
 @triton.jit
-def store_rows(
-    base, rows, stride, filled, tile, WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr
-):
+def store_rows(base, rows, stride, filled, tile, WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr):
     """The counterpart of :func:`load_rows`."""
     w = tl.arange(0, PADDED_WIDTH)
     pointers = base + rows[:, None] * stride + w[None, :]

@@ -1,4 +1,5 @@
-"""Where Triton can run. Imports no Triton, and asks for no GPU before a tensor on one comes."""
+"""Which implementation a call takes. Imports no Triton, and asks for no GPU before a tensor on one
+comes."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import contextlib
 import importlib.util
 import os
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ._checks import check_impl_name
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -39,3 +43,35 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def choose(
+    operation: str, impl: str, tensor: Tensor, unfit: str | None = None
+) -> Literal["triton", "reference"]:
+    """What runs ``operation`` on ``tensor``'s device.
+
+    Args:
+        unfit: why these arguments can't go to the kernels (a dtype or size they don't have), or
+            None. ``"auto"`` then takes the reference; ``"triton"`` is refused with ValueError.
+    """
+    check_impl_name(operation, impl)
+    if impl == "reference" or (
+        impl == "auto" and (unfit is not None or tensor.device.type == "cpu")
+    ):
+        return "reference"
+    device = tensor.device
+    index = device.index if device.index is not None else 0
+    reason = why_not(device.type, index)
+    if impl == "auto":
+        return "triton" if reason is None else "reference"
+    if reason is not None:
+        raise RuntimeError(
+            f"{operation}: impl='triton' was asked for, but {reason}; use impl='auto' or "
+            "impl='reference'"
+        )
+    if unfit is not None:
+        raise ValueError(
+            f"{operation}: impl='triton' was asked for, but {unfit}; use impl='auto' or "
+            "impl='reference'"
+        )
+    return "triton"
