@@ -43,24 +43,29 @@ def expand_table(
 
 
 @triton.jit
-def grid_places(row, numbers, tokens, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """(query, key, exists, count) of places ``numbers`` where a grid's index holds ``row``."""
+def grid_count(row, tokens, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """In how many places a grid's index holds table row ``row``."""
     dy = row // (2 * WIDTH - 1) - (HEIGHT - 1)
     dx = row % (2 * WIDTH - 1) - (WIDTH - 1)
-    across = tl.maximum(WIDTH - tl.abs(dx), 1)
+    pairs = (HEIGHT - tl.abs(dy)) * (WIDTH - tl.abs(dx))
+    return tl.where(row == rows - 1, 1, tl.where(row >= rows - 3, tokens - 1, pairs))
+
+
+@triton.jit
+def grid_places(row, numbers, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """(query, key) of the places ``numbers`` where a grid's index holds table row ``row``."""
+    dy = row // (2 * WIDTH - 1) - (HEIGHT - 1)
+    dx = row % (2 * WIDTH - 1) - (WIDTH - 1)
+    across = WIDTH - tl.abs(dx)
     key_y = numbers // across + tl.maximum(-dy, 0)
     key_x = numbers % across + tl.maximum(-dx, 0)
     key = 1 + key_y * WIDTH + key_x
     query = key + dy * WIDTH + dx
-    count = (HEIGHT - tl.abs(dy)) * across
     # CLS→token, token→CLS, CLS→CLS.
     behind = row - (rows - 3)
-    query = tl.where(behind == 0, 0, tl.where(behind == 1, numbers + 1, query))
-    key = tl.where(behind == 0, numbers + 1, tl.where(behind == 1, 0, key))
-    count = tl.where(behind == 2, 1, tl.where(behind >= 0, tokens - 1, count))
-    query = tl.where(behind == 2, 0, query)
-    key = tl.where(behind == 2, 0, key)
-    return query, key, numbers < count, count
+    query = tl.where(behind < 0, query, tl.where(behind == 1, numbers + 1, 0))
+    key = tl.where(behind < 0, key, tl.where(behind == 0, numbers + 1, 0))
+    return query, key
 
 
 @triton.jit
@@ -91,16 +96,16 @@ def reduce_to_table(
     sums = tl.zeros([HEADS, BLOCK], tl.float32)
     begin = 0
     if HEIGHT > 0:
-        _, _, _, count = grid_places(row, lanes, tokens, rows, HEIGHT, WIDTH)
+        count = grid_count(row, tokens, rows, HEIGHT, WIDTH)
     else:
         begin = tl.load(starts_ptr + row)
         count = tl.load(starts_ptr + row + 1) - begin
     for start in range(0, count, BLOCK):
         numbers = start + lanes
+        exists = numbers < count
         if HEIGHT > 0:
-            query, key, exists, _ = grid_places(row, numbers, tokens, rows, HEIGHT, WIDTH)
+            query, key = grid_places(row, numbers, rows, HEIGHT, WIDTH)
         else:
-            exists = numbers < count
             place = tl.load(order_ptr + begin + numbers, mask=exists, other=0)
             query = place // tokens
             key = place % tokens
