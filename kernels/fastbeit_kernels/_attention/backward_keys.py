@@ -134,10 +134,17 @@ def attention_backward_keys(
             if POSITIONS:
                 bias_rows = tl.load(positions_ptr + image * queries + rows, filled, other=-1)
                 filled = bias_rows >= 0
+            there = column_in_memory[:, None] & filled[None, :]
+            if BIAS_GRADIENT:
+                # Read long before it is needed: it comes from L2. The first image finds nothing.
+                held = there
+                if not POSITIONS:
+                    held = there & (number > 0)
+                pointers = slice_ptr + bias_rows[None, :] * dbias_row + columns[:, None]
+                held_cq = tl.load(pointers, mask=held, other=0.0)
             q_qw = load_rows(q_base, rows, q_token, filled, WIDTH, PADDED_WIDTH)
             lse_q = tl.load(lse_ptr + row_base + rows, mask=filled, other=float("inf"))
             s_cq = dot(k_cw, tl.trans(q_qw)) * scale
-            there = column_in_memory[:, None] & filled[None, :]
             if BIAS:
                 pointers = bias_base + bias_rows[None, :] * bias_row_8 * 8 + columns[:, None]
                 s_cq += tl.load(pointers, mask=there, other=0.0).to(tl.float32)
@@ -150,11 +157,6 @@ def attention_backward_keys(
             ds_cq = p_cq * (dot(v_cw, tl.trans(dout_qw)) - delta_q[None, :])
             dk_cw = dot_add(ds_cq.to(q_qw.dtype), q_qw, dk_cw)
             if BIAS_GRADIENT:
-                held = there
-                if not POSITIONS:
-                    held = there & (number > 0)
-                pointers = slice_ptr + bias_rows[None, :] * dbias_row + columns[:, None]
-                held_cq = tl.load(pointers, mask=held, other=0.0)
                 add_to_bias_gradient(
                     slice_ptr, dbias_row, bias_rows, filled, columns, there, held_cq, ds_cq,
                     POSITIONS,
