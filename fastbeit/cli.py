@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from fastbeit.training.config_io import load_config
 
 USAGE_ERROR = 2
 """Exit code of a command line that cannot be obeyed."""
+GRACE_S = 2.0
+"""Seconds that the silent ranks wait before they give up: torchrun ends all others with the first
+that fails, and rank 0 must get its message out."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,15 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m fastbeit.pre
         SystemExit: 0 after ``--help`` and ``--list-recipes``, 2 when the line cannot be obeyed;
             messages go to stdout and stderr, of rank 0 only under torchrun.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _parse(list(sys.argv[1:] if argv is None else argv), prog)
+    except SystemExit as stop:
+        if stop.code and not _speaks():
+            time.sleep(GRACE_S)
+        raise
+
+
+def _parse(words: list[str], prog: str) -> Command:
     if "--list-recipes" in words:
         _say(list_recipes())
         raise SystemExit(0)

@@ -12,6 +12,7 @@ machine (and, as everywhere, wrong arguments).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -64,7 +65,23 @@ def machine(run_dir: Path) -> Iterator[Finding]:
     yield environment.xformers()
     yield environment.library("tensorboard", why='pip install "fastbeit[tracking]" to use it')
     yield environment.library("wandb", why='pip install "fastbeit[tracking]" to use it')
+    yield dall_e_tokenizer()
     yield from capacity(run_dir)
+
+
+def dall_e_tokenizer() -> Finding:
+    """Whether the published tokenizer, which the beit-* recipes ask for, has been converted."""
+    from fastbeit.tokenizer.files import ENVIRONMENT_VARIABLE, cache_path
+
+    path = Path(os.environ.get(ENVIRONMENT_VARIABLE) or cache_path()).expanduser()
+    if path.is_file():
+        return Finding("tokenizer", "ok", f"dall-e at {path}")
+    return Finding(
+        "tokenizer",
+        "absent",
+        f"dall-e (for the beit-* recipes) is not at {path}",
+        "python -m fastbeit.tokenizer.convert makes it; demo and your own need nothing",
+    )
 
 
 def capacity(run_dir: Path) -> Iterator[Finding]:
@@ -92,18 +109,19 @@ def capacity(run_dir: Path) -> Iterator[Finding]:
 
 def will_run() -> list[str]:
     """What training takes on this machine by default, and why."""
-    gpu, dali = environment.gpu(), loadable(environment.dali(), "nvidia.dali.fn")
-    lines = [f"device: {'cuda' if gpu.usable else 'cpu'} ({gpu.text})"]
-    lines.append(f"precision: bf16 unless the recipe says fp32 ({environment.precision().text})")
-    if gpu.usable and dali.usable:
-        lines.append("loader: dali, decoding on the GPU")
-    elif dali.usable:
-        lines.append("loader: dali or reference, whichever measures faster (no GPU to decode on)")
-    else:
-        lines.append(f"loader: reference (DALI {dali.text})")
-    lines.append("optimizer: PyTorch's fused AdamW unless --optimizer apex")
-    lines.append("kernels: the PyTorch reference (this version has no Triton kernels)")
-    return lines
+    import torch
+
+    from fastbeit.data.backend import choose_backend
+
+    gpu = environment.gpu()
+    device = torch.device("cuda" if gpu.usable else "cpu")
+    return [
+        f"device: {device} ({gpu.text})",
+        f"precision: bf16 unless the recipe says fp32 ({environment.precision().text})",
+        choose_backend("auto", device)[1],
+        "optimizer: PyTorch's fused AdamW unless --optimizer apex",
+        "kernels: the PyTorch reference (this version has no Triton kernels)",
+    ]
 
 
 def loadable(finding: Finding, module: str) -> Finding:

@@ -10,6 +10,7 @@ nothing; each function does when it is called.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import platform
 import shutil
@@ -79,6 +80,7 @@ def dali_builds() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def import_error(module: str) -> str | None:
     """Import a module in another process: None where that works, else the error's last line."""
     done = subprocess.run(

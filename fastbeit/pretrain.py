@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import mfu_meter
 from fastbeit.training.finish import finish_run
 from fastbeit.training.optimizer import build_optimizer, optimizer_tensors, set_lr
-from fastbeit.training.progress import RunLog
 from fastbeit.training.schedule import cosine_schedule
 from fastbeit.training.step import TrainStep, Window
 
@@ -208,7 +208,7 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
                 window_s, window_step = now_s, finished
             log.tick(finished)
             if finished % config.run.checkpoint_every == 0 and not last:
-                setup.forgiving(log, lambda: save(finished))
+                setup.forgiving(log, partial(save, finished))
             setup.forgiving(log, saver.poll)
             if last:
                 break
@@ -254,9 +254,7 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
 class Feed:
     """Hands out a step's micro-batches, and measures how long the loop waited for them."""
 
-    def __init__(
-        self, loader: Any, watchdog: control.Watchdog, device: torch.device
-    ) -> None:
+    def __init__(self, loader: Any, watchdog: control.Watchdog, device: torch.device) -> None:
         self.sample_ids: list[int] = []
         self._loader = loader
         self._batches = iter(loader)

@@ -136,7 +136,11 @@ def choose(labels: np.ndarray, source: str, cuts: dict[str, int]) -> dict[str, l
         for split, count in cuts.items():
             chosen[split] += members[start : start + count]
             start += count
-    return {split: sorted(members, key=lambda m: _rank(m[0])) for split, members in chosen.items()}
+    # Ordered by another rank than chosen by: a cut is a window of ranks, one class after the other.
+    return {
+        split: sorted(members, key=lambda member: _rank(f"order of {member[0]}"))
+        for split, members in chosen.items()
+    }
 
 
 def write_tar(path: Path, members: list[tuple], images: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -170,6 +171,16 @@ def test_no_triton_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.triton().state == "absent"
 
 
+def test_a_converted_tokenizer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "dall_e.safetensors"
+    monkeypatch.setenv("FASTBEIT_TOKENIZER", str(path))
+    assert doctor.dall_e_tokenizer().state == "absent"
+    write(path, "weights")
+    found = doctor.dall_e_tokenizer()
+    assert found.usable
+    assert str(path) in found.text
+
+
 # --- Hardware -----------------------------------------------------------------------------------
 
 
@@ -198,8 +209,14 @@ def test_a_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(hardware, "free_disk_bytes", lambda folder: 2**30)
     assert disk().state == "problem"
-    monkeypatch.undo()
-    assert f"{hardware.free_disk_bytes(tmp_path) / 2**30:.0f}." in disk().text
+    monkeypatch.setattr(hardware, "free_disk_bytes", lambda folder: 72 * 2**30)
+    assert disk().usable
+    assert "72.0 GiB" in disk().text
+
+
+def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    total = shutil.disk_usage(tmp_path).total
+    assert 0 < hardware.free_disk_bytes(tmp_path / "not" / "made") <= total
 
 
 # --- The command --------------------------------------------------------------------------------
@@ -246,8 +263,9 @@ def test_the_command_describes_machine_and_images(
     assert "largest 500×400" in found["sizes"][1]
     assert "2 classes, 1 to 9 images each" in found["labels"][1]
     assert found["bad images"][0] == "ok"
-    for word in ("device:", "precision:", "loader:", "optimizer:", "kernels:"):
-        assert f"  {word} " in text
+    for word in ("device: ", "precision: ", "optimizer: ", "kernels: "):
+        assert f"\n  {word}" in text
+    assert "loader" in text.partition("What will run:")[2]
 
 
 def test_bad_images_are_named_and_end_with_2(

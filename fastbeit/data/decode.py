@@ -69,12 +69,11 @@ def decode_opened(opened: OpenedImage, data: bytes, channels: int) -> Image.Imag
     header, image = opened
     try:
         pixels = _eight_bits(header, image, data)
-        if channels == 1:
-            if pixels.mode not in ("L", "LA", "1"):
-                pixels = pixels.convert("RGB")
-            pixels = pixels.convert("L")
-        else:
+        if channels == 1 and pixels.mode not in ("L", "LA", "1"):
             pixels = pixels.convert("RGB")
+        mode = "L" if channels == 1 else "RGB"
+        if pixels.mode != mode:
+            pixels = pixels.convert(mode)
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
@@ -96,7 +95,7 @@ def _eight_bits(header: ImageHeader, image: ImageFile.ImageFile, data: bytes) ->
     image.load()
     image.info.pop("transparency", None)
     mode = image.mode
-    if mode == "I" and header.format != "PPM" or mode in ("F", "LAB"):
+    if (mode == "I" and header.format != "PPM") or mode in ("F", "LAB"):
         raise BadImage(f"{header.format} of mode {mode} has no defined 8-bit RGB; convert it")
     if mode.startswith("I"):  # I;16 in any byte order; PIL gives 16-bit PGM as 32-bit integers
         bits = header.bits if header.format == "TIFF" else 16
@@ -126,15 +125,15 @@ def _png16_colour(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
     args = image.tile[0].args
-    return args if isinstance(args, str) else args[0]
+    return args if isinstance(args, str) else str(args[0] if args else None)
 
 
 def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
     tile = image.tile[0]
-    args = raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:])
+    args = (raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode
     image.tile = [tile._replace(args=args)]
 
 
-def _scaled(values: NDArray[np.uint32], full: int) -> Image.Image:
+def _scaled(values: NDArray[np.integer], full: int) -> Image.Image:
     """[0, full] to [0, 255], rounded to nearest."""
     return Image.fromarray(((values * 255 + full // 2) // full).clip(0, 255).astype(np.uint8))

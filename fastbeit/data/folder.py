@@ -65,7 +65,7 @@ class FileSource:
     def fingerprint(self) -> str:
         """32 hex digits of all names (relative to the root) and sizes, in order.
 
-        The sizes are looked up when this is first asked for: about 2 s for a million local files.
+        The sizes are looked up when this is first asked for, one stat a file on several threads.
         """
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self._names, self._sizes())

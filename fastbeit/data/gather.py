@@ -139,7 +139,7 @@ class Gatherer:
     def replan(self, plan: Plan, row: int, epoch: int, index: int, size: tuple[int, int]) -> None:
         """Overwrite one row of ``plan`` with the plan of the sample that took its place."""
         for values, value in zip(plan, self.draw(epoch, [index], [size]), strict=True):
-            if values is not None:
+            if values is not None and value is not None:
                 values[row] = value[0]
 
     def records(self, wanted: NDArray[np.int64], used: NDArray[np.int64]) -> list[BadRecord]:

@@ -164,7 +164,7 @@ def make_loader(
         ValueError: arguments that don't fit together.
         RuntimeError: backend="dali" without a usable DALI; the message says what to install.
     """
-    device = torch.device(device)
+    target = torch.device(device)
     if total_steps < start_step or start_step < 0:
         raise ValueError(
             f"steps must be 0 <= start_step <= total_steps, got {start_step} and {total_steps}"
@@ -178,9 +178,9 @@ def make_loader(
             f"prefetch must be at least 1 and workers at least 0, got {prefetch} and {workers}"
         )
     if workers is None:
-        workers = default_workers(device, world_size)
+        workers = default_workers(target, world_size)
     batch = schedule.micro_batch(accumulation=accumulation, world_size=world_size)
-    chosen, reason = choose_backend(backend, device)
+    chosen, reason = choose_backend(backend, target)
     bad = BadSamples(len(source), log=bad_log, max_fraction=max_bad_fraction, rank=rank)
     job = Job(
         source=source,
@@ -200,7 +200,7 @@ def make_loader(
         from fastbeit.data.dali import DaliEngine
 
         engine: Engine = DaliEngine(
-            job, places, workers=workers, prefetch=prefetch, device=device, needs_main=needs_main
+            job, places, workers=workers, prefetch=prefetch, device=target, needs_main=needs_main
         )
     else:
         pixels = views.size[0] * views.size[1] + views.token_size[0] * views.token_size[1]
@@ -209,12 +209,12 @@ def make_loader(
             places,
             workers=workers,
             prefetch=prefetch,
-            pin_memory=device.type == "cuda",
+            pin_memory=target.type == "cuda",
             batch_bytes=batch * views.channels * pixels,
             needs_main=needs_main,
         )
     return Loader(
-        engine, backend=chosen, reason=reason, bad=bad, views=views, device=device, dtype=dtype
+        engine, backend=chosen, reason=reason, bad=bad, views=views, device=target, dtype=dtype
     )
 
 

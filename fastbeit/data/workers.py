@@ -154,7 +154,7 @@ class WorkerPool(Generic[Batch]):
         self._iterator = iter(())
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -196,7 +196,8 @@ def _main_hidden(hide: bool) -> Iterator[None]:
 
 
 def _stand_by(main_pid: int, worker_id: int) -> None:
-    """In a worker: ignore signals, except a SIGTERM that comes from the training process."""
+    """In a worker: end with the training process, and ignore signals from anybody else."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     for number in _SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS: no way to see the sender
@@ -210,3 +211,11 @@ def _stand_by(main_pid: int, worker_id: int) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="sigterm", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """DataLoader watches the fork server instead, which lives as long as any of its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when the training process is gone, even by SIGKILL
+        os._exit(1)

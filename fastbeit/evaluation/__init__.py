@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastbeit.data.source import Source
 from fastbeit.evaluation.features import (
     POOLINGS,
     LabelledImages,
-    LabelledSource,
     extract_features,
     load_images,
     raw_pixels,
@@ -126,7 +126,7 @@ class EvaluationResult:
 def evaluate_encoder(
     model: nn.Module,
     random_model: nn.Module,
-    sources: Mapping[str, LabelledSource],
+    sources: Mapping[str, Source],
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],

@@ -7,7 +7,7 @@ of 0.875); one that already has the model's size, like the demo's, is taken as i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,27 +16,12 @@ from torch import Tensor, nn
 
 from fastbeit.data.decode import decode_image
 from fastbeit.data.header import BadImage
+from fastbeit.data.source import Source
 
 POOLINGS = ("cls", "mean")
 # Raw pixels of larger images are averaged down to a square of this side: a probe on 150,528
 # dimensions would need more memory than it is worth as a yardstick.
 RAW_SIDE = 32
-
-
-class LabelledSource(Protocol):
-    """The part of a data source that evaluation reads."""
-
-    @property
-    def labels(self) -> np.ndarray | None: ...
-
-    @property
-    def classes(self) -> list[str] | None: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> bytes: ...
-
-    def name(self, index: int) -> str: ...
 
 
 class LabelledImages(NamedTuple):
@@ -54,7 +39,7 @@ class LabelledImages(NamedTuple):
 
 
 def load_images(
-    source: LabelledSource,
+    source: Source,
     *,
     size: tuple[int, int],
     channels: int = 3,

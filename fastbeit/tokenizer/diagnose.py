@@ -6,6 +6,7 @@ first bytes.
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def what_is(path: Path) -> str:
         return "an empty file: the download wrote nothing (disk full, or stopped before it began)"
     with path.open("rb") as file:
         head = file.read(4096)
-    text = head.lstrip().lower()
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if not head.strip(b"\0"):
         return "zero bytes only: space was reserved, but the download never filled it"
     if text.startswith((b"<!doctype html", b"<html")) or b"<html" in text[:1024]:

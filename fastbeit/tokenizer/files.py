@@ -24,6 +24,7 @@ from fastbeit.tokenizer.tokenizer import Tokenizer
 
 FORMAT = "fastbeit.tokenizer"
 DEMO_PATH = Path(__file__).parent / "demo.safetensors"
+DALL_E = DvaeConfig()
 ENVIRONMENT_VARIABLE = "FASTBEIT_TOKENIZER"
 
 
@@ -55,7 +56,7 @@ def load_tokenizer(
                 "by python -m fastbeit.tokenizer.convert or .train"
             )
     tokenizer = read_tokenizer(path)
-    if name_or_path == "dall-e" and tokenizer.config != DvaeConfig():
+    if name_or_path == "dall-e" and tokenizer.config != DALL_E:
         raise ValueError(
             f"{path} is a tokenizer, but not DALL-E's ({tokenizer.vocab_size} codes, "
             f"stride {tokenizer.stride}): ask for it by its path instead of by 'dall-e'"

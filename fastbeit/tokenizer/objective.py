@@ -33,16 +33,18 @@ def cosine_between(start: float, end: float, step: int, steps: int) -> float:
 
 
 class Bound(NamedTuple):
-    """Terms of the loss, as device scalars, and the hard codes of the batch.
+    """Terms of the loss, as device scalars, and what the batch looked like inside.
 
     ``loss`` and ``reconstruction`` in nats a sub-pixel, ``kl`` in nats a token;
-    ``codes`` int64 [B, h, w]: the argmax, which the frozen tokenizer will give.
+    ``codes`` int64 [B, h, w]: the argmax, which the frozen tokenizer will give;
+    ``features`` [B, D, h, w]: what the head read, detached.
     """
 
     loss: Tensor
     reconstruction: Tensor
     kl: Tensor
     codes: Tensor
+    features: Tensor
 
 
 def relaxed_bound(
@@ -56,7 +58,8 @@ def relaxed_bound(
 ) -> Bound:
     """The loss of mapped pixels [B, C, H, W]; differentiable in both networks."""
     config = encoder.config
-    logits_BVhw = encoder(images)
+    features_BDhw = encoder.features(images)
+    logits_BVhw = encoder.head(features_BDhw)
     # -log of an Exp(1) draw is a Gumbel draw; the floor keeps the logarithm finite.
     noise = torch.empty_like(logits_BVhw).exponential_(generator=generator).clamp_(min=1e-20)
     relaxed_BVhw = F.softmax((logits_BVhw - noise.log()) / temperature, dim=1)
@@ -64,7 +67,8 @@ def relaxed_bound(
     log_q = F.log_softmax(logits_BVhw, dim=1)
     kl = math.log(config.codes) + (log_q.exp() * log_q).sum(1).mean()
     loss = reconstruction + kl_weight * kl / (config.channels * config.stride**2)
-    return Bound(loss, reconstruction.detach(), kl.detach(), logits_BVhw.detach().argmax(1))
+    codes_Bhw = logits_BVhw.detach().argmax(1)
+    return Bound(loss, reconstruction.detach(), kl.detach(), codes_Bhw, features_BDhw.detach())
 
 
 def negative_log_likelihood(decoder: Decoder, output: Tensor, images: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ class CodeUse:
     """How often each code is the argmax: a decaying count, from which dead codes are known.
 
     A count decays by ``1 - 1 / window_steps`` a step. A code is dead when its share of the counts
-    is below ``dead_share / V`` (a tenth of a hundredth part of its fair share, say).
+    is below ``dead_share / V``.
 
     Args:
         codes: V.
@@ -105,9 +109,13 @@ class CodeUse:
         seen.scatter_add_(0, codes_Bhw.flatten(), torch.ones_like(codes_Bhw.flatten()).double())
         self.counts.mul_(self.keep).add_(seen)
 
+    def threshold(self) -> Tensor:
+        """The count below which a code is dead, a device scalar."""
+        return self.dead_share / self.codes * self.counts.sum()
+
     def dead(self) -> Tensor:
         """bool [V]."""
-        return self.counts < self.dead_share / self.codes * self.counts.sum()
+        return self.counts < self.threshold()
 
     def used(self) -> int:
         """Codes that are not dead; host sync."""
@@ -123,41 +131,45 @@ class CodeUse:
 def revive_dead_codes(
     encoder: Encoder,
     decoder: Decoder,
+    bound: Bound,
     use: CodeUse,
     optimizer: torch.optim.Optimizer,
     *,
-    noise: float,
+    margin: float,
     generator: torch.Generator,
 ) -> int:
-    """Gives every dead code half of a busy one's tokens; returns how many there were. Host sync.
+    """Gives every dead code a part of a live code's tokens; returns how many were dead. Host sync.
 
-    A dead code never wins the argmax, and at low temperature gets no gradient either. It becomes
-    a near copy of a live code drawn in proportion to its use: the same row of the head and the same
-    embedding, each plus noise of ``noise`` times the row's own spread. The bound hardly moves, the
-    two then specialise. Moments of the optimizer for the changed rows restart at zero.
+    A dead code never wins the argmax, and at a low temperature hardly gets a gradient. It restarts
+    at a token f of the last batch, drawn with probability proportional to the squared distance of f
+    from the mean m of the tokens that share its code k (k-means++ seeding: tight clusters, such as
+    an even background, are not split). With e = (f - m) / |f - m|^2 the restarted logit is
+        l_new(x) = l_k(x) + margin * e . (x - m),
+    so half of k's tokens prefer the new code, f by ``margin`` nats. It inherits k's embedding, and
+    its moments in the optimizer restart at zero.
     """
     dead = use.dead().nonzero().flatten()
-    if len(dead) == 0 or len(dead) == use.codes:
+    if len(dead) == 0:
         return 0
-    weights = use.counts.clone()
-    weights[dead] = 0
-    donors = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
+    rows_RD = bound.features.permute(0, 2, 3, 1).flatten(0, 2)
+    codes_R = bound.codes.flatten()
+    sums_VD = rows_RD.new_zeros(use.codes, rows_RD.shape[1]).index_add_(0, codes_R, rows_RD)
+    sizes_V = torch.bincount(codes_R, minlength=use.codes).clamp(min=1)
+    mean_RD = (sums_VD / sizes_V[:, None])[codes_R]
+    distance_R = (rows_RD - mean_RD).square().sum(1)
+    if not bool(distance_R.sum() > 0):
+        return 0  # every cluster is a point: there is nothing to split
+    picked = torch.multinomial(distance_R, len(dead), replacement=True, generator=generator)
+    donor, centre = codes_R[picked], mean_RD[picked]
+    direction = (rows_RD[picked] - centre) / distance_R[picked].clamp(min=1e-12)[:, None]
     head, embedding = encoder.head, decoder.embedding
+    head.w[dead, :, 0, 0] = head.w[donor, :, 0, 0] + margin * direction
+    head.b[dead] = head.b[donor] - margin * (direction * centre).sum(1)
+    embedding.w[:, dead] = embedding.w[:, donor]
     for parameter, code_axis in ((head.w, 0), (head.b, 0), (embedding.w, 1)):
-        rows = parameter.movedim(code_axis, 0)
-        copied = rows[donors]
-        if copied.ndim > 1:
-            spread = copied.flatten(1).std(dim=1).view(-1, *[1] * (copied.ndim - 1))
-            jitter = torch.randn(copied.shape, generator=generator, device=copied.device)
-            copied = copied + noise * spread * jitter.to(copied.dtype)
-        rows[dead] = copied
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state.get(parameter, {}):
                 optimizer.state[parameter][moment].movedim(code_axis, 0)[dead] = 0
-    # The pair shares the donor's count from now on, so neither is dead at once again.
-    shares = torch.bincount(donors, minlength=use.codes).double() + 1
-    use.counts[dead] = (use.counts / shares)[donors]
-    live = torch.ones_like(dead, dtype=torch.bool).new_ones(use.codes)
-    live[dead] = False
-    use.counts[live] = (use.counts / shares)[live]
+    # Just above the line: alive if it is used from now on, dead again within a window if not.
+    use.counts[dead] = 2 * use.threshold()
     return len(dead)

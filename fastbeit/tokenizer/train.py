@@ -36,7 +36,7 @@ from fastbeit.tokenizer.train_log import MetricLog
 from fastbeit.tokenizer.training_data import open_sources, training_batches, whole_images
 
 REVIVAL_SHARE = 0.8  # of the steps; later, a restarted code would have no time to specialise
-REVIVAL_NOISE = 0.1  # of a row's own spread
+REVIVAL_MARGIN_NATS = 3.0  # Gumbel noise overturns it in one draw of twenty
 USAGE_WINDOW_STEPS = 100
 STATISTICS_IMAGES = 10_000
 
@@ -88,12 +88,8 @@ def train(config: TrainConfig, *, command: str = "") -> dict[str, Any]:
     config.validate()
     device = pick_device(config.device)
     train_source, validation_source = open_sources(config)
-    # Drop-in reproducibility where it is free; see TrainConfig for what is promised.
-    torch.backends.cudnn.benchmark = False
     validation_images = whole_images(config, validation_source, config.validation_images, device)
     networks = build_networks(config, device)
-    log = MetricLog(config)
-    log.say(_announcement(config, networks, len(train_source), len(validation_source), device))
     origin: dict[str, Any] = {
         "made_by": f"fastbeit.tokenizer.train {fastbeit.__version__}, torch {torch.__version__}",
         "command": command,
@@ -113,21 +109,22 @@ def train(config: TrainConfig, *, command: str = "") -> dict[str, Any]:
         log.say(f"saved {config.out} at step {step}, sha256 {digest}")
         return origin["validation"]
 
-    with training_batches(config, train_source, device) as batches:
-        optimise(config, networks, batches, log, device, save)
-    images = whole_images(config, train_source, STATISTICS_IMAGES, device)
-    codes = encode_all(networks.encoder, images, config.batch)
-    statistics = token_statistics(codes, config.codes)._asdict()
-    origin["train_tokens"] = {**statistics, "images": len(images)}
-    check = save(config.steps)
-    log.say(
-        f"tokens of {len(images)} training images, not augmented: "
-        f"{statistics['codes_used']} of {config.codes} codes, "
-        f"perplexity {statistics['perplexity']:.1f}, "
-        f"positional entropy {statistics['positional_entropy_nats']:.3f} nats, "
-        f"best position-only guess {statistics['best_position_guess']:.1%}"
-    )
-    log.close()
+    with MetricLog(config) as log:
+        log.say(_announcement(config, networks, len(train_source), len(validation_source), device))
+        with training_batches(config, train_source, device) as batches:
+            optimise(config, networks, batches, log, device, save)
+        images = whole_images(config, train_source, STATISTICS_IMAGES, device)
+        codes = encode_all(networks.encoder, images, config.batch)
+        statistics = token_statistics(codes, config.codes)
+        origin["train_tokens"] = {**statistics._asdict(), "images": len(images)}
+        check = save(config.steps)
+        log.say(
+            f"tokens of {len(images)} training images, not augmented: "
+            f"{statistics.codes_used} of {config.codes} codes, "
+            f"perplexity {statistics.perplexity:.1f}, "
+            f"positional entropy {statistics.positional_entropy_nats:.3f} nats, "
+            f"best position-only guess {statistics.best_position_guess:.1%}"
+        )
     return {**check, "train_tokens": origin["train_tokens"]}
 
 
@@ -172,18 +169,8 @@ def optimise(
         use.update(bound.codes)
         seen += len(images)
         done = step + 1
-        if config.revive_every and done % config.revive_every == 0:
-            if done <= REVIVAL_SHARE * config.steps:
-                revived += revive_dead_codes(
-                    networks.encoder,
-                    networks.decoder,
-                    use,
-                    optimizer,
-                    noise=REVIVAL_NOISE,
-                    generator=generator,
-                )
         if done % config.log_every == 0 or done == config.steps:
-            loss = float(bound.loss)  # host sync, once a log interval
+            loss = float(bound.loss.detach())  # host sync, once a log interval
             _refuse_non_finite(config, "loss", loss, done)
             now = time.monotonic()
             log.write(
@@ -203,6 +190,17 @@ def optimise(
                 },
             )
             seen, since = 0, now
+        if config.revive_every and done % config.revive_every == 0:
+            if done <= REVIVAL_SHARE * config.steps:
+                revived += revive_dead_codes(
+                    networks.encoder,
+                    networks.decoder,
+                    bound,
+                    use,
+                    optimizer,
+                    margin=REVIVAL_MARGIN_NATS,
+                    generator=generator,
+                )
         if done % config.save_every == 0 and done < config.steps:
             save(done)
 

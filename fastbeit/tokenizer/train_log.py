@@ -53,6 +53,12 @@ class MetricLog:
             self._progress.start()
             self._task = self._progress.add_task("", total=config.steps)
 
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
     def say(self, text: str) -> None:
         """One line for the reader."""
         if self._progress is None:

@@ -39,8 +39,8 @@ class DataConfig:
     """Images, their augmentation, and the loader."""
 
     data: Annotated[str, arg(metavar="PATH")] = ""
-    """Images to train on: a folder (searched recursively), a list file, tar shards (a path, a glob,
-    or a pattern like shard-{000..146}.tar), or "demo" for the images that come with the package."""
+    """Folder (searched recursively), list file, tar shards (a path, glob or {000..146} pattern).
+    "demo": the images that come with the package."""
     loader: Literal["auto", "dali", "reference"] = "auto"
     """Who decodes: auto takes DALI on a GPU, elsewhere what measured faster, and says which."""
     workers: Annotated[int | None, arg(metavar="COUNT")] = None
@@ -98,7 +98,7 @@ class OptimizerConfig:
     betas: Annotated[tuple[float, float], arg(metavar="BETA1 BETA2")] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: Annotated[float, arg(metavar="VALUE")] = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, added to the root of the second moment."""
     clip_norm: Annotated[float, arg(metavar="NORM")] = 3.0
     """Global gradient norm to clip to; 0 is off."""
 
@@ -110,9 +110,9 @@ class RunConfig:
     run_dir: Annotated[Path | None, arg(metavar="DIR")] = None
     """Run folder; runs/RECIPE when not given. The same command in the same folder resumes."""
     epochs: Annotated[float, arg(metavar="EPOCHS")] = 800.0
-    """Passes over the data; ignored where steps is given."""
+    """Length of the run in passes over the data; ignored where steps is given."""
     steps: Annotated[int | None, arg(metavar="STEPS")] = None
-    """Optimizer steps."""
+    """Length of the run in optimizer steps, instead of epochs."""
     stop_after: Annotated[int | None, arg(metavar="STEPS")] = None
     """Stop (saving first) after this many steps in this process, leaving the schedule as it is."""
     global_batch: Annotated[int, arg(metavar="IMAGES")] = 2048
@@ -124,7 +124,7 @@ class RunConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the student; the master weights, the reduction and AdamW are fp32 always."""
     shard: Literal["none", "zero2", "zero3", "hybrid"] = "none"
-    """What FSDP2 shards over ranks. zero2: gradients and optimizer state; zero3: parameters too;
+    """What FSDP2 splits over ranks. zero2: gradients and optimizer state, zero3: parameters too.
     hybrid: as zero3 inside a node, with copies across nodes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run; auto takes the GPU where there is one."""

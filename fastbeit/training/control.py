@@ -96,7 +96,9 @@ class SignalTrap:
             os._exit(EXIT_INTERRUPTED)
         self.received = signal.Signals(number).name
         # os.write: print may not be called again from inside itself, where a signal can arrive.
-        note = f"rank {self._rank}: {self.received}: saving after this step; again to exit at once\n"
+        note = (
+            f"rank {self._rank}: {self.received}: saving after this step; again to exit at once\n"
+        )
         os.write(sys.stderr.fileno(), note.encode())
         self._vote.ask(EXIT_INTERRUPTED)
 

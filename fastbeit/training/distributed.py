@@ -85,7 +85,17 @@ def start(asked_device: str) -> World:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=60))
+        # torchrun keeps its store when it restarts a dead rank, with the addresses of the dead
+        # processes in it; under a prefix for each attempt, ranks can't mistake them for their own.
+        store, rank, size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=60),
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(
@@ -94,9 +104,16 @@ def start(asked_device: str) -> World:
         local_rank=local_rank,
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=device,
-        control=dist.new_group(backend="gloo"),
-        storage=dist.new_group(backend="gloo"),
+        control=_cpu_group(),
+        storage=_cpu_group(),
     )
+
+
+def _cpu_group() -> dist.ProcessGroup:
+    """All ranks once more, on gloo."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def stop() -> None:

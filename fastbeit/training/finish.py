@@ -19,6 +19,7 @@ from fastbeit.report import write_report
 from fastbeit.training import checkpoint, distributed
 from fastbeit.training.chance import PositionalStats
 from fastbeit.training.config import PretrainConfig
+from fastbeit.training.cost import mfu_meter
 from fastbeit.training.distributed import World
 from fastbeit.training.metrics import METRICS_FILE, read_metrics
 from fastbeit.training.progress import RunLog
@@ -51,22 +52,23 @@ def finish_run(
 
     summary: dict[str, Any] = {
         "recipe": config.recipe,
-        "steps": 0,
         **last_numbers(run_dir / METRICS_FILE),
         "chance_loss_nats": chance.loss_nats,
         "chance_accuracy": chance.accuracy,
         "codebook_size": config.model.vocab_size,
         "codebook_used": chance.codes_used,
         "codebook_perplexity": chance.perplexity,
+        "mfu_peak": mfu_meter(config, tokenizer, world.device).label,
     }
     summary["below_chance_nats"] = summary["chance_loss_nats"] - summary["loss_nats"]
     summary["above_chance_points"] = 100 * (summary["accuracy"] - summary["chance_accuracy"])
     log.note(
-        f"masked loss {summary['loss_nats']:.3f} nats, {summary['below_chance_nats']:.3f} below the "
-        f"positional entropy {chance.loss_nats:.3f}; accuracy {100 * summary['accuracy']:.1f} %, "
+        f"masked loss {summary['loss_nats']:.3f} nats, {summary['below_chance_nats']:.3f} below "
+        f"the positional entropy {chance.loss_nats:.3f}; "
+        f"accuracy {100 * summary['accuracy']:.1f} %, "
         f"{summary['above_chance_points']:.1f} points above the best guess from the position "
-        f"({100 * chance.accuracy:.1f} %); {chance.codes_used} of {config.model.vocab_size} codes in "
-        "use"
+        f"({100 * chance.accuracy:.1f} %); {chance.codes_used} of {config.model.vocab_size} codes "
+        "in use"
     )
     if config.run.evaluate and config.data.data == "demo":
         validation = masked_validation(config, model, tokenizer, views)

@@ -149,7 +149,7 @@ def _arithmetic(config: PretrainConfig, dvae: DvaeConfig, dvae_note: str) -> Ite
     )
     yield Row("student, backward", _gflop(student.backward), f"{_gflop(whole.backward)} without")
     yield Row(
-        "tokenizer",
+        "tokenizer, forward",
         _gflop(encoder.total),
         f"{dvae_note}; {_gflop(encoder_whole.total)} with its head at all {rows * columns} tokens, "
         f"not {slots}",

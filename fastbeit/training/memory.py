@@ -92,7 +92,7 @@ def rank_memory(
         gathered_weights=item * gathered,
         activations=micro_batch * activation_bytes(config, fused_attention=fused_attention),
         loss_head=micro_batch * config.mask.target * model.vocab_size * (item + 4 + 4),
-        tokenizer_weights=tokenizer_item * _encoder_numbers(dvae),
+        tokenizer_weights=tokenizer_item * encoder_numbers(dvae),
         tokenizer_activations=micro_batch * tokenizer_item * _encoder_numbers_held(dvae, model),
     )
 
@@ -125,7 +125,8 @@ def activation_bytes(config: PretrainConfig, *, fused_attention: bool) -> int:
     return kept + (image + slots * 2 * width) * item
 
 
-def _encoder_numbers(dvae: DvaeConfig) -> int:
+def encoder_numbers(dvae: DvaeConfig) -> int:
+    """Parameters of a discrete VAE's encoder."""
     total = dvae.kernel**2 * dvae.channels * dvae.widths[0] + dvae.widths[0]
     inputs = dvae.widths[0]
     for width in dvae.widths:

@@ -34,8 +34,8 @@ def param_groups(
 
     One-dimensional parameters, ``*.bias``, ``cls_token`` and ``pos_embed`` are not decayed; the
     mask token, the relative-position table and every weight matrix are. With ``layer_decay`` the
-    learning rate of layer ``i`` is scaled by ``layer_decay ** (depth + 1 - i)`` (BEiT's fine-tuning:
-    0.65 for the base model), embeddings being layer 0 and block ``b`` layer ``b + 1``.
+    learning rate of layer ``i`` is scaled by ``layer_decay ** (depth + 1 - i)`` (BEiT's
+    fine-tuning: 0.65 for the base model), embeddings being layer 0, block ``b`` layer ``b + 1``.
 
     Returns:
         Dicts with ``params`` (list of Parameter), ``names``, ``weight_decay`` and ``lr_scale``, to

@@ -102,7 +102,7 @@ class RunLog:
         self._sinks: list[MetricSink] = []
         self._metrics: dict[str, Scalar] = {}
         self._tick_step, self._ticked_at = start_step, 0.0
-        self._mfu_peak, self._title = mfu_peak, title
+        self.mfu_peak, self._title = mfu_peak, title
         if not self._active:
             return
         run_dir = Path(run_dir)
@@ -214,7 +214,7 @@ class RunLog:
             f"{step:,} / {self.total_steps:,}  {share:.1%}  {eta}",
         )
         return Panel(
-            Group(bar, metrics_table(self._metrics, mfu_peak=self._mfu_peak)),
+            Group(bar, metrics_table(self._metrics, mfu_peak=self.mfu_peak)),
             title=escape(self._title),
             title_align="left",
             border_style="cyan",
@@ -228,8 +228,9 @@ def plain_line(
 
     A number that is None (not finite, or not known) shows as ``nan``.
     """
-    known = [name for name in PLAIN_FORMATS if name in metrics]
-    other = sorted(set(metrics) - set(known) - {"step"})
+    unknown_mfu = {"mfu"} if metrics.get("mfu") is None else set()  # no peak is stated for CPUs
+    known = [name for name in PLAIN_FORMATS if name in metrics and name not in unknown_mfu]
+    other = sorted(set(metrics) - set(known) - unknown_mfu - {"step"})
     parts = [f"step={step}/{total_steps}"]
     for name in [*known, *other]:
         parts.append(f"{name}={_format(metrics[name], PLAIN_FORMATS.get(name, '.6g'))}")

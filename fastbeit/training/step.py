@@ -114,9 +114,7 @@ class TrainStep:
         scaled_step(self.optimizer, scale.float(), skipped.float())
         self.optimizer.zero_grad()
         filled = count.clamp(min=1.0)
-        return StepResult(
-            loss_sum / filled, correct / filled, count, grad_norm, skipped.double()
-        )
+        return StepResult(loss_sum / filled, correct / filled, count, grad_norm, skipped.double())
 
 
 class Window:

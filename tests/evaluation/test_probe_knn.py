@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastbeit.evaluation.knn import knn, predict
-from fastbeit.evaluation.probe import Split, fit_logistic, linear_probe
+from fastbeit.evaluation.probe import Split, condition, fit_logistic, linear_probe
 
 
 def _blobs(samples: int, seed: int, *, spread: float, classes: int = 4) -> Split:
@@ -53,15 +53,21 @@ def test_logistic_fit_reaches_the_optimum_of_the_stated_objective():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 5, generator=generator, dtype=torch.float64)
     labels = (x[:, 0] + 0.5 * torch.randn(200, generator=generator, dtype=torch.float64) > 0).long()
-    x = torch.cat([x, torch.ones(200, 1, dtype=torch.float64)], dim=1)
+    x[:, 1] = x[:, 0] + 1e-3 * x[:, 1]  # nearly collinear, as an untrained encoder's features
+    x = x - x.mean(0)
+    data = condition(x)
     start = torch.zeros(2, 6, dtype=torch.float64)
-    weight = fit_logistic(x, labels, l2=0.1, start=start, max_iterations=200).requires_grad_()
-    loss = torch.nn.functional.cross_entropy(x @ weight.T, labels)
-    (loss + 0.05 * weight[:, :-1].square().sum()).backward()
+    rotated = fit_logistic(data, labels, l2=0.01, start=start, max_iterations=60)
+    # Back in the features' own coordinates the gradient of the stated objective must vanish.
+    weight = (rotated[:, :-1] @ data.axes_DD.T).requires_grad_()
+    bias = rotated[:, -1].clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(x @ weight.T + bias, labels)
+    (loss + 0.005 * weight.square().sum()).backward()
     assert weight.grad is not None and weight.grad.abs().max() < 2e-5
+    assert bias.grad is not None and bias.grad.abs().max() < 2e-5
     # Stronger regularisation, smaller weights; the bias stays free.
-    strong = fit_logistic(x, labels, l2=10.0, start=start, max_iterations=200)
-    assert strong[:, :-1].norm() < 0.1 * weight[:, :-1].norm()
+    strong = fit_logistic(data, labels, l2=10.0, start=start, max_iterations=60)
+    assert strong[:, :-1].norm() < 0.1 * weight.norm()
     shares = torch.softmax(strong[:, -1], 0)
     torch.testing.assert_close(shares[1], labels.double().mean(), atol=5e-3, rtol=0)
 

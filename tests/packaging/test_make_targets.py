@@ -26,10 +26,18 @@ def checkout(repo_root: Path, tmp_path: Path) -> Path:
 def make(
     folder: Path, *arguments: str, path: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    # A make around the tests must not hand its own flags down.
-    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    env.pop("PYTHON", None)
-    env.pop("VENV", None)
+    # A make around the tests must not hand its own flags and variables down.
+    own = {
+        "ARGS",
+        "GPU_EXTRA",
+        "PYTHON",
+        "VENV",
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "MAKEOVERRIDES",
+        "MFLAGS",
+    }
+    env = {name: value for name, value in os.environ.items() if name not in own}
     if path is not None:
         env["PATH"] = path + os.pathsep + env["PATH"]
     return subprocess.run(

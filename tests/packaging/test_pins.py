@@ -6,6 +6,7 @@ import platform
 import re
 import runpy
 import sys
+import sysconfig
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def test_what_make_installed_is_what_is_pinned(pins: dict[str, str], repo_root: 
         pytest.skip("not in the environment that make sets up, whose versions are pinned")
     own = {"fastbeit", "pip"}
     unpinned, other = [], []
-    for distribution in metadata.distributions():
+    # Not all of sys.path: setuptools adds a folder of copies of its own to it.
+    site = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    for distribution in metadata.distributions(path=list(site)):
         name = canonical(distribution.metadata["Name"])
         # A CUDA build of torch requires its NVIDIA libraries by exact version itself.
         if name in own or (name not in pins and name.startswith(("nvidia-", "cuda-"))):

@@ -18,6 +18,7 @@ TINY = [
     "--log-every=1",
     "--shard=zero2",
     "--no-evaluate",
+    "--warmup-steps=0",
 ]
 """A two-block model on a few images; no worker processes, so that a run starts quickly."""
 

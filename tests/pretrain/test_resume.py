@@ -32,7 +32,9 @@ def rank_pids(run, ranks):
                 with open(f"/proc/{entry}/cmdline", "rb") as file:
                     words = file.read().split(b"\0")
                 with open(f"/proc/{entry}/environ", "rb") as file:
-                    environment = dict(p.split(b"=", 1) for p in file.read().split(b"\0") if b"=" in p)
+                    environment = dict(
+                        p.split(b"=", 1) for p in file.read().split(b"\0") if b"=" in p
+                    )
             except OSError:
                 continue
             here = f"--run-dir={run.dir}".encode() in words
@@ -62,9 +64,7 @@ def test_resume_after_kill_9_is_bit_exact(run, other_run):
     ).read_bytes()
 
 
-def test_two_ranks_resume_bit_exactly_and_one_rank_goes_on_with_the_same_samples(
-    run, other_run
-):
+def test_two_ranks_resume_bit_exactly_and_one_rank_goes_on_with_the_same_samples(run, other_run):
     other_run.finish(*FLAGS, ranks=2)
     run.finish(*FLAGS, "--stop-after=5", ranks=2)
     run.finish(*FLAGS, "--stop-after=9", ranks=2)
@@ -83,7 +83,7 @@ def test_a_signal_saves_the_same_step_on_every_rank(run, number, target):
     wait_for(lambda: (run.dir / "metrics.jsonl").exists() and len(run.metrics) >= 3, process)
     pids = rank_pids(run, 2)
     os.kill(process.pid if target == "torchrun" else pids[1], number)
-    output, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors  # torchrun's own code, whatever the ranks' was
     assert run.exit["code"] == 75
     assert run.exit["step"] == latest(run) == max(run.metrics)

@@ -8,6 +8,7 @@ FLAGS = [
     "--model.layer-scale=0.1",
     "--model.position=relative",
     "--checkpoint-every=100",
+    "--warmup-steps=10",
 ]
 
 

@@ -55,7 +55,9 @@ def test_the_watchdog_names_the_rank_that_holds_up_the_others(tmp_path, beats, e
 
 def run_script(tmp_path, body):
     script = tmp_path / "script.py"
-    script.write_text("from fastbeit.training import control, distributed\n" + textwrap.dedent(body))
+    script.write_text(
+        "from fastbeit.training import control, distributed\n" + textwrap.dedent(body)
+    )
     return subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,

@@ -44,7 +44,9 @@ def test_layer_decay_and_membership_equal_the_official_code():
         model = BeitClassifier(BeitConfig(position="relative_per_block", depth=official["depth"]))
     groups = param_groups(model, weight_decay=0.05, layer_decay=official["decay"])
     mine = {
-        official: value for name, value in by_name(groups).items() for official in official_names(name)
+        official: value
+        for name, value in by_name(groups).items()
+        for official in official_names(name)
     }
     assert set(mine) == {entry["name"] for entry in official["parameters"]}
     for entry in official["parameters"]:

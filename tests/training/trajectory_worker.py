@@ -21,7 +21,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "trajectory.safetensors"
 
 def native(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Official keys to the model's: q_bias and v_bias packed around a zero key bias."""
-    state = {k: v for k, v in weights.items() if not k.endswith(("relative_position_index", "_bias"))}
+    state = {
+        k: v for k, v in weights.items() if not k.endswith(("relative_position_index", "_bias"))
+    }
     for key, q_bias in weights.items():
         if key.endswith("q_bias"):
             prefix = key.removesuffix("q_bias")
@@ -34,7 +36,7 @@ def main(out: Path, accumulation: int) -> None:
     world = distributed.start("cpu")
     with safe_open(GOLDEN, "pt") as file:
         meta = file.metadata()
-        data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        data = {key: file.get_tensor(key) for key in file.keys()}
     config = BeitConfig(
         image_size=int(meta["img"]),
         patch_size=int(meta["patch"]),
@@ -57,9 +59,7 @@ def main(out: Path, accumulation: int) -> None:
     masks, tokens = data["input.mask"], data["input.tokens"]
     slots = int(masks.sum(1).max()) + 2  # two empty slots at least, in every image
     rows, columns = config.grid
-    positions = torch.from_numpy(
-        mask_positions(masks.view(-1, rows, columns).numpy(), slots)
-    )
+    positions = torch.from_numpy(mask_positions(masks.view(-1, rows, columns).numpy(), slots))
     targets = tokens.gather(1, positions.clamp(min=0).long())
     batch_size = int(meta["batch"])
     part = batch_size // (world.size * accumulation)
