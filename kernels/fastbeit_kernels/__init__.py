@@ -142,6 +142,8 @@ def rel_pos_attention(
     """:func:`expand_rel_pos_bias`, then :func:`attention`."""
     check_tensor("q", q, ("B", "Tq", "H", "d"))
     check_relative(table, index, grid, q.shape[2])
+    unfit = attention_unfit(q, k) or expand_unfit(table, index)
+    impl = choose("rel_pos_attention", impl, q, unfit)
     bias = expand_rel_pos_bias(table, index, grid=grid, impl=impl)
     return attention(q, k, v, bias, query_positions=query_positions, scale=scale, impl=impl)
 
@@ -158,6 +160,8 @@ def rel_pos_attention_packed(
     """:func:`expand_rel_pos_bias`, then :func:`attention_packed`."""
     check_tensor("qkv", qkv, ("B", "T", 3, "H", "d"))
     check_relative(table, index, grid, qkv.shape[3])
+    unfit = attention_unfit(qkv[:, :, 0], qkv[:, :, 1]) or expand_unfit(table, index)
+    impl = choose("rel_pos_attention_packed", impl, qkv, unfit)
     bias = expand_rel_pos_bias(table, index, grid=grid, impl=impl)
     return attention_packed(qkv, bias, scale=scale, impl=impl)
 

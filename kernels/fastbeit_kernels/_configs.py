@@ -54,7 +54,7 @@ HOPPER_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16,
 AMPERE = AttentionConfig(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), 216)
 AMPERE_WIDE = AttentionConfig(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(16, 64, 4, 2), 216)
 #   fp32 multiplies on the ordinary units (ieee, never tf32), for checks more than for training.
-FP32 = AttentionConfig(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), 512)
+FP32 = AttentionConfig(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), 512)
 FP32_WIDE = AttentionConfig(Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), 512)
 
 ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {

@@ -23,11 +23,17 @@ def padded_width(width: int) -> int:
 
 
 def config_of(q: Tensor, family: str | None = None) -> AttentionConfig:
-    """Launch choices for q's device, dtype and head width; the interpreter takes Hopper's."""
-    if family is None:
-        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-        family = family_of(capability)
-    return attention_config(family, q.element_size() * 8, padded_width(q.shape[-1]))
+    """Launch choices for q's device (or GPU family), dtype and head width.
+
+    The interpreter has no registers to run out of: it takes the tiles of a Hopper's 16-bit kernels
+    for any dtype, so that they are what is checked.
+    """
+    bits = q.element_size() * 8
+    if family is None and q.device.type == "cpu":
+        family, bits = "sm_90", 16
+    elif family is None:
+        family = family_of(torch.cuda.get_device_capability(q.device))
+    return attention_config(family, bits, padded_width(q.shape[-1]))
 
 
 def tail_of(keys: int, columns: int) -> int:
