@@ -1,8 +1,8 @@
 """The Triton attention kernels against float64: values and every gradient, of every kind of call.
 
 Without a GPU they are interpreted; with one they run on it. The measure is plain PyTorch's own
-error at the same precision: the kernels' may be at most twice as large, norm-wise, plus one rounding
-of the result (a short sum may be exact by luck).
+error at the same precision: the kernels' may be at most twice as large, norm-wise, plus one
+rounding of the result (a short sum may be exact by luck).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def attention_backward_queries(
     TAIL: tl.constexpr,
 ):
     """dQ and δ of one block of query rows of one head of one image."""
-    image, head, rows, filled, bias_rows = query_block(
+    image, head, rows, filled, bias_rows = query_block(  # pyright: ignore[reportGeneralTypeIssues]
         positions_ptr, heads, queries, ROWS, POSITIONS
     )
     k_base = k_ptr + image * k_image + head * k_head

@@ -133,7 +133,7 @@ def attention_forward(
     TAIL: tl.constexpr,
 ):
     """Blocks of COLUMNS keys, then one of TAIL for the rest (TAIL 0: there is none)."""
-    image, head, rows, filled, bias_rows = query_block(
+    image, head, rows, filled, bias_rows = query_block(  # pyright: ignore[reportGeneralTypeIssues]
         positions_ptr, heads, queries, ROWS, POSITIONS
     )
     k_base = k_ptr + image * k_image + head * k_head

@@ -97,8 +97,12 @@ def _fake_bias_gradient(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *qkv, bias, read, positions, scale = inputs
-    ctx.save_for_backward(*qkv, *output, read, positions)
+    q, k, v, bias, read, positions, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, read, positions)
+    _remember(ctx, bias, scale)
+
+
+def _remember(ctx: Any, bias: Tensor | None, scale: float) -> None:
     ctx.scale = scale
     ctx.bias_shape = None if bias is None else bias.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -121,16 +125,14 @@ attention_forward.register_autograd(_attention_gradients, setup_context=_save)
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_packed_forward", mutates_args=())
 def attention_packed_forward(
-    qkv: Tensor, bias: Tensor | None, read: Tensor | None, positions: Tensor | None, scale: float
+    qkv: Tensor, bias: Tensor | None, read: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
-    return run_forward(q, k, v, read, positions, scale)
+    return run_forward(q, k, v, read, None, scale)
 
 
 @attention_packed_forward.register_fake
-def _(
-    qkv: Tensor, bias: Tensor | None, read: Tensor | None, positions: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, bias: Tensor | None, read: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, width = qkv.shape
     lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
     return qkv.new_empty(batch, tokens, heads, width), lse
@@ -168,17 +170,23 @@ def _(
     return dqkv, _fake_bias_gradient(q, k, read, None, bias_gradient)
 
 
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, read, scale = inputs
+    ctx.save_for_backward(qkv, *output, read)
+    _remember(ctx, bias, scale)
+
+
 def _packed_gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, out, lse, read, _ = ctx.saved_tensors
+    qkv, out, lse, read = ctx.saved_tensors
     wants_bias = ctx.needs_input_grad[1]
     dqkv, dbias = attention_packed_backward(dout, qkv, out, lse, read, ctx.scale, wants_bias)
     if not wants_bias:
-        return dqkv, None, None, None, None
+        return dqkv, None, None, None
     dbias = reduce_bias_gradient(dbias, ctx.bias_shape, ctx.bias_dtype, qkv.shape[1])
-    return dqkv, dbias, None, None, None
+    return dqkv, dbias, None, None
 
 
-attention_packed_forward.register_autograd(_packed_gradients, setup_context=_save)
+attention_packed_forward.register_autograd(_packed_gradients, setup_context=_save_packed)
 
 
 def _no_second_derivative(ctx: Any, *_grads: Tensor | None) -> NoReturn:
@@ -196,10 +204,9 @@ def _readable(bias: Tensor | None, dtype: torch.dtype, keys: int) -> Tensor | No
     blocks that share a bias makes it once."""
     if bias is None:
         return None
-    bias = bias.detach()
-    bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
-    read = torch.empty(*bias.shape[:3], -(-keys // 8) * 8, dtype=dtype, device=bias.device)
-    read[..., :keys] = bias
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    read = torch.empty(*shape[:3], -(-keys // 8) * 8, dtype=dtype, device=bias.device)
+    read[..., :keys] = bias.detach().reshape(shape)
     return read
 
 
@@ -232,4 +239,4 @@ def attention_packed(qkv: Tensor, bias: Tensor | None, scale: float | None) -> T
     (qkv,) = _autocast(qkv)
     factor = qkv.shape[-1] ** -0.5 if scale is None else scale
     read = _readable(bias, qkv.dtype, qkv.shape[1])
-    return attention_packed_forward(qkv, bias, read, None, factor)[0]
+    return attention_packed_forward(qkv, bias, read, factor)[0]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 # Read where Triton reads it: when a kernel is defined.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
