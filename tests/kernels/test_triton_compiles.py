@@ -8,6 +8,7 @@ compile what this one interprets.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -99,11 +100,29 @@ def test_compiled_code(compiled) -> None:
             assert "mma" not in ptx.replace("comma", ""), f"{label}: fp32 on tensor cores"
             continue
         assert ptx.count(pattern) == instructions(kernel, arch), label
-        # 16-bit tensors are q, k, v, O, dO and the bias: none of them element by element.
-        assert not any(
-            line.lstrip().startswith(("ld.global", "@")) and ".b16" in line and "ld.global" in line
-            for line in ptx.splitlines()
-        ), label
+        check_wide_loads(kernel, label)
+
+
+def check_wide_loads(kernel, label) -> None:
+    """Eight neighbours of every 16-bit tile (q, k, v, O, dO, bias) go to one thread, at once."""
+    ttgir = kernel["ttgir"]
+    layouts = dict(
+        re.findall(r"^(#\w+) = #ttg.blocked<{sizePerThread = \[([\d, ]+)\]", ttgir, re.M)
+    )
+    loads = re.findall(
+        r"(?:tt\.load|async_copy_global_to_local) .*: tensor<(\d+)x(\d+)x!tt\.ptr<b?f16>, (#\w+)>",
+        ttgir,
+    )
+    # q and k and v at least, and what the kernel's tail and the bias add.
+    assert len(loads) >= 4, label
+    for rows, columns, layout in loads:
+        # The last 16 keys have only four elements for each of 256 threads.
+        together = min(8, int(rows) * int(columns) // (32 * kernel["warps"]))
+        message = f"{label}: {rows}x{columns} by {layouts[layout]}"
+        assert str(together) in layouts[layout].split(", "), message
+    # A mask that splits a group of eight would make the compiler load its elements one by one.
+    assert not re.search(r"ld\.global\S*\.b16", kernel["ptx"]), label
+    assert re.search(r"ld\.global\S*\.v4\.b32", kernel["ptx"]), label
 
 
 def test_no_transposed_cast_product_is_multiplied(compiled) -> None:
