@@ -17,7 +17,6 @@ from ._checks import check_impl_name
 OLDEST_CAPABILITY = (8, 0)
 
 
-@torch.compiler.assume_constant_result
 def why_not(device_type: str, device_index: int) -> str | None:
     """Why Triton's kernels can't run on a device; None where they can."""
     if importlib.util.find_spec("triton") is None:
@@ -36,6 +35,11 @@ def why_not(device_type: str, device_index: int) -> str | None:
             f"or newer, and this GPU has {capability[0]}.{capability[1]}"
         )
     return None
+
+
+# The compiler is to take the answer as it is, not to trace how it was found. This is what
+# torch.compiler.assume_constant_result does too, but it imports the whole compiler, and so Triton.
+why_not._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
