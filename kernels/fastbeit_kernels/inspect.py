@@ -1,14 +1,15 @@
 """Compile report: every kernel that training launches, compiled for GPUs that need not be there.
 
     python -m fastbeit_kernels.inspect --arch sm_80,sm_90,sm_100
-    python -m fastbeit_kernels.inspect --arch sm_90 --dtype bf16 --match "BEiT-B, 197" --json report.json
+    python -m fastbeit_kernels.inspect --arch sm_90 --dtype bf16 --match "BEiT-B, 197" --json FILE
 
 For each launch of ``_launches.py`` and each target: registers, stack, spills, shared memory, blocks
 a multiprocessor holds, barriers, tensor-core instructions, bytes of a load, FLOPs and bytes counted
 from the shapes, and the floor on the time that these give on one GPU. Nothing is run, so nothing is
 measured. The exit code is 1 if a kernel breaks a rule (``_inspect/rules.py``): spills, a tile that
 is computed twice, 16-bit products without tensor cores, fp32 rounded to tf32, narrow loads, too
-much shared memory, or the transposed product that Triton up to 3.7.0 miscompiles; 2 if it can't run.
+much shared memory, or the transposed product that Triton up to 3.7.0 miscompiles; 2 if nothing can
+be compiled.
 
 Another Triton than the installed one, without changing the environment:
 
@@ -124,7 +125,7 @@ def report(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastbeit_kernels.inspect",
-        description="Compile the kernels for GPUs that need not be there, and report what came out.",
+        description="Compile the kernels for GPUs that need not be there and report what came out.",
     )
     parser.add_argument("--arch", default=DEFAULT_ARCH, help=f"default {DEFAULT_ARCH}")
     parser.add_argument("--dtype", default=",".join(DTYPES), help="of bf16, fp16, fp32; all")

@@ -67,8 +67,8 @@ class Compiled:
     products: tuple[Product, ...]
     times_computed: float
     """The largest factor by which some product is computed more often than once."""
-    plain_tf32: int
-    """Products of fp32 that are written to be rounded to tf32."""
+    written: dict[str, int]
+    """Products as the kernel's source has them: element and input precision → how many."""
     transposed_products: tuple[str, ...]
     pointers: tuple[str, ...]
     """The kernel's pointer arguments."""
@@ -120,7 +120,7 @@ def read_kernel(kernel: Any, signature: dict[str, str], target: Target) -> Compi
         tf32=code.tf32,
         products=products,
         times_computed=times_computed(products, kernel.asm["ttgir"], code),
-        plain_tf32=sum(element == "f32" and said == "tf32" for element, said in written),
+        written=dict(Counter(f"{element} {said}" for element, said in written)),
         transposed_products=tuple(ir.transposed_products(kernel.asm["ttir"])),
         pointers=tuple(name for name in parameters if signature[name].startswith("*")),
         loads=read_loads(kernel.asm["ttgir"], kernel.asm["ptx"], parameters, warps),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from .compiled import Compiled, Loads
 from .targets import REGISTERS_PER_THREAD, Target
 
-HALVES = ("bf16", "f16")
+HALVES = ("bf16 ", "f16 ")
 # Tensors of [.., T, H, d], whose head rows lie in one piece: 16 bytes a thread, or something in
 # the kernel's addressing is wrong.
 WIDE = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr")
@@ -34,15 +34,22 @@ def _arithmetic(compiled: Compiled) -> Iterator[str]:
             f"a tile is computed {compiled.times_computed:g} times by {compiled.warps} warps: "
             "take 16 rows a warp, or fewer warps"
         )
-    off = [p for p in compiled.products if p.element in HALVES and not p.tensor_core]
+    halves = sum(n for kind, n in compiled.written.items() if kind.startswith(HALVES))
+    # Without tensor cores Triton widens 16-bit operands first, so elements alone don't tell.
+    off = [
+        product
+        for product in compiled.products
+        if not product.tensor_core
+        and (product.element in ("bf16", "f16") or halves == sum(compiled.written.values()))
+    ]
     if off:
         sizes = ", ".join(f"{p.rows}x{p.columns}x{p.depth}" for p in off)
-        yield f"{len(off)} {off[0].element} products without tensor cores: {sizes}"
-    halves = any(p.element in HALVES for p in compiled.products)
-    if halves and not compiled.mma + compiled.wgmma + compiled.tcgen05:
+        yield f"{len(off)} 16-bit products without tensor cores: {sizes}"
+    elif halves and not compiled.mma + compiled.wgmma + compiled.tcgen05:
         yield "16-bit products, and no tensor-core instruction in the code"
-    if compiled.plain_tf32:
-        yield f"{compiled.plain_tf32} fp32 products are rounded to tf32: ask for ieee or tf32x3"
+    rounded = compiled.written.get("f32 tf32", 0)
+    if rounded or (compiled.tf32 and "f32 tf32x3" not in compiled.written):
+        yield f"{rounded} fp32 products are rounded to tf32: ask for ieee or tf32x3"
     if compiled.transposed_products:
         yield (
             "a product's transpose is multiplied, which Triton up to 3.7.0 miscompiles on Hopper: "
