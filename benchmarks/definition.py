@@ -1,7 +1,7 @@
 """The operations written out from their formulas, in whatever precision the inputs have.
 
-Deliberately apart from ``fastbeit_kernels.reference``: in float64 this is the truth that kernels and
-peers are judged by, in a lower precision it is "plain PyTorch", whose error is the measure.
+Deliberately apart from ``fastbeit_kernels.reference``: in float64 this is the truth that kernels
+and peers are judged by, in a lower precision it is "plain PyTorch", whose error is the measure.
 
 Shapes: B images, Tq queries, Tk keys, T tokens, H heads, d head width, R table rows.
 """

@@ -158,13 +158,17 @@ def compiler(device_type: str) -> Callable[[Callable[..., Any]], Any]:
     from nobody, and a graph's outputs are overwritten by its next run."""
     import torch._functorch.config as functorch_config
 
+    settings: Any = functorch_config
     # A backward that is timed by itself runs many times on one saved graph.
-    setattr(functorch_config, "donated_buffer", False)  # noqa: B010
+    settings.donated_buffer = False
+    # Every problem compiles the same Python functions again; beyond the limit they would be run
+    # uncompiled (fullgraph makes that an error).
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit = 1000
+    how: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"}
     if device_type == "cpu":
-        return lambda function: torch.compile(function, backend="aot_eager", dynamic=False)
-    return lambda function: torch.compile(
-        function, mode="max-autotune-no-cudagraphs", dynamic=False
-    )
+        how = {"backend": "aot_eager"}
+    return lambda function: torch.compile(function, fullgraph=True, dynamic=False, **how)
 
 
 def compiled(form: Callable[[Problem], Form]) -> Callable[[Problem], Form]:

@@ -147,8 +147,8 @@ def input_sets(
     """Sets that together are three times the cache: a round through them finds nothing in it."""
     sets = [make_inputs(problem, seed, device)]
     wanted = -(-3 * cache_bytes // max(1, sets[0].bytes()))
-    # Each set keeps what its forward saves for the backward; small problems are many calls.
-    count = min(max(2, wanted), 16)
+    # Launches of a sample are queued before it begins, and a queue holds about a thousand.
+    count = min(max(2, wanted), 128)
     sets += [make_inputs(problem, seed + number, device) for number in range(1, count)]
     return sets
 

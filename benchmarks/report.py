@@ -156,12 +156,16 @@ def _problem_table(run: Run, problem: str, link: str) -> str:
     for row in sorted(chosen, key=lambda row: (row["pass"] != "forward", row["ms"])):
         beside = " (beside slow peers)" if row["tier"] == "slow" and row["ours"] else ""
         lines.append(
-            f"| {row['contestant']}{beside} | {row['pass']} | {row['work']} | {1e3 * row['ms']:.1f} "
-            f"| {1e3 * row['p10_ms']:.1f}–{1e3 * row['p90_ms']:.1f} "
+            f"| {row['contestant']}{beside} | {row['pass']} | {row['work']} "
+            f"| {1e3 * row['ms']:.1f} | {1e3 * row['p10_ms']:.1f}–{1e3 * row['p90_ms']:.1f} "
             f"| {number(row.get('fraction_of_roofline'), 2)} "
             f"| {number(row.get('ratio_to_best_peer'), 2)} |"
         )
     return "\n".join(lines)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def draw_plots(run: Run, docs: Path) -> list[str]:
@@ -200,8 +204,7 @@ def draw_plots(run: Run, docs: Path) -> list[str]:
             axes.tick_params(axis="y", labelsize=7)
         figure.suptitle(f"{problem.name}, {run.gpu}")
         folder.mkdir(parents=True, exist_ok=True)
-        name = "".join(c if c.isalnum() else "-" for c in problem.name.lower())
-        path = folder / f"{name}.svg"
+        path = folder / f"{slug(problem.name)}.svg"
         # Without a date in it, the same results give the same file.
         figure.savefig(path, metadata={"Date": None})
         drawn.append(path.relative_to(docs).as_posix())

@@ -86,7 +86,11 @@ class ResultFolder:
         """Also cleans what other processes logged into the folder."""
         self._rows.close()
         for name in (path.name for path in self.path.iterdir() if path.suffix in (".log", ".txt")):
-            self.write(name, (self.path / name).read_text(encoding="utf-8", errors="replace"))
+            text = (self.path / name).read_text(encoding="utf-8", errors="replace")
+            if text:
+                self.write(name, text)
+            else:
+                (self.path / name).unlink()
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -49,7 +49,7 @@ def attention_forward(
     element_bytes: int = 2,
     bias_elements: int = 0,
 ) -> Work:
-    """q, k, v and the bias (in the elements' precision) read; the output and log-sum-exp written."""
+    """q, k, v and the bias (in the elements' precision) read; output and log-sum-exp written."""
     rows, pairs = batch * heads, batch * heads * queries * keys
     tensors = rows * width * (2 * queries + 2 * keys) * element_bytes
     moved = tensors + bias_elements * element_bytes + rows * queries * FLOAT_BYTES

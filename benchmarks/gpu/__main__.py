@@ -7,9 +7,9 @@ check of correctness (with compute-sanitizer beside it where there is one); timi
 with every peer that imports; the verdict on each target; launch choices tuned in what time is left.
 Each row is on the disk when it is known, so a run that is cut short keeps what it found.
 
-``--dry-run`` goes through all of it on a CPU, with interpreted kernels and tiny shapes: it tries the
-code, and its times mean nothing. ``--only TEXT`` (repeatable) takes the cases and problems whose
-name contains it. Exit code: 0; 1 when a check of correctness failed; 2 without a GPU.
+``--dry-run`` goes through all of it on a CPU, with interpreted kernels and tiny shapes: it tries
+the code, and its times mean nothing. ``--only TEXT`` (repeatable) takes the cases and problems
+whose name contains it. Exit code: 0; 1 when a check of correctness failed; 2 without a GPU.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from benchmarks.gpu.judge import judge
 
 Emit = Callable[[dict[str, Any]], None]
 Results = dict[str, Tensor]
-# Scores in float64 of this many elements at a time (2 GB with what autograd keeps).
-TRUTH_ELEMENTS = 64_000_000
+# Scores in float64 of this many elements at a time (half a GB with what autograd keeps).
+TRUTH_ELEMENTS = 16_000_000
 
 
 def results(operation: Operation, call: Call) -> Results:
@@ -55,8 +55,8 @@ def truth_of(call: Call) -> Results:
 @contextmanager
 def fresh_memory_is_nan() -> Iterator[None]:
     """Memory that nothing has been written to holds NaN, also what operators allocate."""
-    import torch.utils.deterministic as deterministic
-
+    # A module whose one setting is a property, which type checkers don't see.
+    deterministic: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = deterministic.fill_uninitialized_memory
@@ -87,6 +87,17 @@ def differing(mine: Results, theirs: Results, names: list[str] | None = None) ->
         name
         for name in names or list(mine)
         if mine[name].shape != theirs[name].shape or not torch.equal(mine[name], theirs[name])
+    ]
+
+
+def moved(mine: Results, theirs: Results) -> list[str]:
+    """Names of tensors that are not the same but for rounding: another memory layout may compile to
+    another kernel. Whatever read a NaN is far off."""
+    return [
+        name
+        for name in mine
+        if not (mine[name].float() - theirs[name].float()).norm()
+        <= torch.finfo(mine[name].dtype).eps * mine[name].float().norm()
     ]
 
 
@@ -137,7 +148,7 @@ def check_case(
     if case.batch <= 4:
         leaves = {name: surrounded_by_nan(tensor) for name, tensor in call.leaves.items()}
         inside = replace(call, leaves=leaves, dout=surrounded_by_nan(call.dout))
-        changed = differing(mine, results(operation, inside))
+        changed = moved(mine, results(operation, inside))
         row("reads nothing else", not changed, reason=_names("change with memory around", changed))
     if call.positions is not None:
         reason = _empty_slots(operation, call, mine)

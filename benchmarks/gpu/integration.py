@@ -49,7 +49,7 @@ def _near(found: Results, expected: Results) -> str:
 
 
 def under_cuda_graph(call: Call, other: Call, operation: Operation = ours) -> str:
-    """Captured with the inputs of ``call``; replayed with those of ``other``, same bits as eager."""
+    """Captured with the inputs of ``call``, replayed with those of ``other``: bits as in eager."""
     expected = results(operation, other)
     leaves = {name: tensor.detach().clone() for name, tensor in call.leaves.items()}
     static = replace(

@@ -3,9 +3,9 @@
 The bound is twice plain PyTorch's error at the same precision, by norm over a tensor. A single bad
 element among many hides in a norm, so the largest deviation is bounded too, at three times plain's:
 the same factor of two, and half as much again because the largest of many errors scatters. Where
-plain PyTorch happens to be exact (a short sum can be), one rounding of the result is allowed on top:
-its relative error by norm is about a quarter of eps in 16 bits, where inputs are rounded too and
-dominate; in fp32, where a tensor may be a handful of sums, a whole eps.
+plain PyTorch happens to be exact (a short sum can be), one rounding of the result is allowed on
+top: its relative error by norm is about a quarter of eps in 16 bits; in fp32, where a tensor may be
+a handful of sums, a whole eps.
 """
 
 from __future__ import annotations

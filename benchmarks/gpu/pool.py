@@ -1,9 +1,9 @@
-"""Tasks in processes of their own: a crash, a hang or a lost CUDA context costs one task, not the run.
+"""Tasks in processes of their own: a crash, a hang or a lost CUDA context costs one task only.
 
-A worker (`python -m benchmarks.gpu.worker FD`) reads tasks from its standard input, one JSON object a
-line, and writes events to the pipe FD: ``step`` (what it is about to do), ``row`` (a result), ``done``.
-The parent keeps no CUDA context. A worker that dies, or says nothing for longer than its task allows,
-is replaced, and ``on_lost`` decides what becomes of the task.
+A worker (`python -m benchmarks.gpu.worker FD`) reads tasks from its standard input, one JSON object
+a line, and writes events to the pipe FD: ``step`` (what it is about to do), ``row`` (a result),
+``done``. The parent keeps no CUDA context. A worker that dies, or says nothing for longer than its
+task allows, is replaced, and ``on_lost`` decides what becomes of the task.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""compute-sanitizer over a small case: memcheck (bad addresses) and racecheck (shared memory).
+"""compute-sanitizer over two small cases: memcheck (bad addresses) and racecheck (shared memory).
 
 PyTorch's caching allocator is switched off for it, so that each tensor is an allocation of its own
 and an access beyond its end is one beyond what the driver knows.
@@ -18,6 +18,7 @@ from typing import Any
 
 TOOLS = ("memcheck", "racecheck")
 SANITIZED_CASES = ("5 x 7 grid", "query subset")
+CASES_TEXT = ", ".join(SANITIZED_CASES)
 FOUND = 77
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
@@ -29,8 +30,8 @@ def find_tool() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *PLACES]))
 
 
-def start(tool: str, case: str, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    task = {"kind": "once", "case": case, "dtype": "bfloat16", "dry": False}
+def start(tool: str, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    task = {"kind": "once", "cases": SANITIZED_CASES, "dtype": "bfloat16", "dry": False}
     name = find_tool()
     assert name is not None
     with log.open("wb") as output:
@@ -57,10 +58,15 @@ def start(tool: str, case: str, log: Path, environment: dict[str, str]) -> subpr
         )
 
 
-def verdict(tool: str, case: str, code: int | None, text: str) -> Row:
+def verdict(tool: str, code: int | None, text: str) -> Row:
     """A row from how it ended. A tool that refuses the device is no verdict on the kernels."""
     summary = [line.strip("= \n") for line in text.splitlines() if "SUMMARY" in line]
-    row: Row = {"kind": "sanitizer", "tool": tool, "case": case, "summary": "; ".join(summary)}
+    row: Row = {
+        "kind": "sanitizer",
+        "tool": tool,
+        "case": CASES_TEXT,
+        "summary": "; ".join(summary),
+    }
     if code is None:
         return {**row, "status": "not finished", "reason": "out of time"}
     if "Device not supported" in text or "Unable to find injection" in text:
@@ -94,18 +100,17 @@ def run_beside(
     started = []
     try:
         for tool in TOOLS:
-            for case in SANITIZED_CASES:
-                log = folder / f"{tool}-{case.replace(' ', '-')}.log"
-                started.append((tool, case, log, start(tool, case, log, environment)))
+            log = folder / f"{tool}.log"
+            started.append((tool, log, start(tool, log, environment)))
         meanwhile()
         rows = []
-        for tool, case, log, process in started:
+        for tool, log, process in started:
             code = None
             try:
                 code = process.wait(max(0.1, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 pass
-            rows.append(verdict(tool, case, code, log.read_text(errors="replace")))
+            rows.append(verdict(tool, code, log.read_text(errors="replace")))
         return rows
     finally:
         for *_, process in started:

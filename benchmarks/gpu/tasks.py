@@ -39,10 +39,11 @@ def run(payload: Row, events: Events) -> None:
             except torch.OutOfMemoryError:
                 events.row(skipped(payload, "the device's memory is too small for this case"))
         case "once":
-            case = next(case for case in cases.CASES if case.name == payload["case"])
-            call = cases.make_call(case, payload["dtype"], 0, device)
-            for name, tensor in correctness.results(cases.ours, call).items():
-                events.step(f"{name}: {tensor.float().norm().item():.6g}")
+            for case in cases.CASES:
+                if case.name in payload["cases"]:
+                    call = cases.make_call(case, payload["dtype"], 0, device)
+                    for name, tensor in correctness.results(cases.ours, call).items():
+                        events.step(f"{case.name}, {name}: {tensor.float().norm().item():.6g}")
         case "integration":
             integration.check_integration(
                 payload["case"], payload["dtype"], device, events.row, shrink=dry

@@ -1,4 +1,4 @@
-"""A pass of `python -m fastbeit_kernels.tune` in what time is left; its entries go to tuning.txt."""
+"""A pass of `python -m fastbeit_kernels.tune` in what time is left; it prints to tuning.txt."""
 
 from __future__ import annotations
 
