@@ -47,6 +47,8 @@ class _Worker:
     heard_s: float = 0.0
     pending: bytes = b""
     fatal: str = ""
+    finished: int = 0
+    spoke: bool = False
 
 
 @dataclass
@@ -111,6 +113,7 @@ class Pool:
                     running[place] = worker = self._start()
                 worker.task = queue.popleft()
                 worker.step, worker.heard_s = "start", time.monotonic()
+                worker.spoke = False
                 assert worker.process.stdin is not None
                 line = json.dumps(worker.task.payload) + "\n"
                 # A worker that is gone is noticed by its closed pipe.
@@ -139,6 +142,7 @@ class Pool:
 
     def _take(self, worker: _Worker, event: Row) -> None:
         worker.heard_s = time.monotonic()
+        worker.spoke = True
         match event["event"]:
             case "row":
                 self.on_row(event["row"])
@@ -148,6 +152,7 @@ class Pool:
                 worker.fatal = event["reason"]
             case "done":
                 worker.task = None
+                worker.finished += 1
 
     def _look_after(self, worker: _Worker, queue: deque[Task], running: list[_Worker]) -> None:
         """Replace a worker that died or fell silent in the middle of a task."""
@@ -163,7 +168,12 @@ class Pool:
             reason = f"stopped: nothing came for {silent_s:.0f} s"
         running.remove(worker)
         self._end(worker)
-        again = self.on_lost(task, worker.step, reason)
+        if code is not None and worker.finished and not worker.spoke:
+            # It was on its way out when it was handed the task, which is not to blame. (One that
+            # never finished anything may be unable to start, and is not tried again.)
+            again = task
+        else:
+            again = self.on_lost(task, worker.step, reason)
         if again is not None:
             queue.appendleft(again)
         if queue:

@@ -24,7 +24,7 @@ RunPython = Callable[..., subprocess.CompletedProcess[str]]
 def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_root: Path) -> None:
     done = run_python(
         "-m", "benchmarks.gpu", "--dry-run", "--minutes", "3", "--out", tmp_path,
-        "--only", "5 x 7", "--only", "table to output", "--only", "expand table",
+        "--only", "expand 5 x 7", "--only", "BEiT at 224", "--only", "qkv, fp16",
         env={"PYTHONPATH": str(repo_root)}, timeout_s=170,
     )  # fmt: skip
     (folder,) = result_folders(tmp_path)
@@ -52,7 +52,7 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
     assert {row["pass"] for row in timed if row["ours"]} == {"forward", "backward"}
     assert {row["tier"] for row in timed} == {"quick", "slow"}
     names = {row["contestant"] for row in timed}
-    assert {"torch.compile max-autotune", "torch.compile of embedding", peers.OURS} <= names
+    assert {"torch.compile max-autotune", "eager PyTorch", peers.OURS} <= names
     absent = [row for row in rows if row["kind"] == "timing" and row["status"] == "unavailable"]
     assert absent and all(row["reason"] for row in absent)
     assert "a dry run" in (folder / "summary.md").read_text(encoding="utf-8")
