@@ -49,6 +49,10 @@ class AttentionConfig:
 #   64 do, and L2 is what binds. 264 programs are two rounds of the H100's 132 multiprocessors.
 HOPPER = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 264)
 HOPPER_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 264)
+#   sm_100: with two stages the forward without bias needs 8 bytes of stack; with three 120 registers
+#   and none, 128 with bias. 296 programs are two rounds of the B200's 148 multiprocessors.
+BLACKWELL = AttentionConfig(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 296)
+BLACKWELL_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 296)
 #   sm_80: forward 160, dQ 168, dK/dV 247, no spills; 64 keys by 32 queries would spill. 216
 #   programs are what the A100's 108 multiprocessors hold at once.
 AMPERE = AttentionConfig(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), 216)
@@ -63,7 +67,7 @@ ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
         ("sm_80", AMPERE, AMPERE_WIDE),
         ("sm_86", AMPERE, AMPERE_WIDE),
         ("sm_90", HOPPER, HOPPER_WIDE),
-        ("sm_100", HOPPER, HOPPER_WIDE),
+        ("sm_100", BLACKWELL, BLACKWELL_WIDE),
     )
     for bits, narrow, wide in ((16, half, half_wide), (32, FP32, FP32_WIDE))
     for width, config in ((64, narrow), (128, wide))
