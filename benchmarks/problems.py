@@ -57,10 +57,10 @@ class Problem:
             self.keys,
             self.width,
             element_bytes=self.torch_dtype.itemsize,
-            bias_elements=self.heads * self.keys * self.keys,
+            # From the table, one perfect kernel would keep the expanded bias on the chip.
+            bias_elements=self.heads * self.keys**2 if self.operation == "attention" else 0,
         )
         if self.operation == "rel_pos_attention":
-            # One perfect kernel would keep the expanded bias on the chip.
             table = rows * self.heads * roofline.FLOAT_BYTES
             index = self.keys**2 * roofline.INDEX_BYTES if forward else 0
             total = total + roofline.Work(0, table + index)

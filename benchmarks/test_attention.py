@@ -16,21 +16,21 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks import definition, peers, problems
+from benchmarks import definition, forms, problems
 from benchmarks.problems import Inputs, Problem
 
 BATCH = 4
 FULL = replace(problems.BASE, batch=BATCH, dtype="float32")
 LAST = replace(problems.BASE_LAST, batch=BATCH, dtype="float32")
-FORMS: dict[str, Callable[[Problem], peers.Form]] = {
-    "reference": peers.ours("reference"),
-    "eager": peers.from_core(peers.eager_core),
-    "sdpa": peers.from_core(peers.sdpa_core(None)),
-    "sdpa_math": peers.from_core(peers.sdpa_core(SDPBackend.MATH)),
+FORMS: dict[str, Callable[[Problem], forms.Form]] = {
+    "reference": forms.ours("reference"),
+    "eager": forms.from_core(forms.eager_core),
+    "sdpa": forms.from_core(forms.sdpa_core(None)),
+    "sdpa_math": forms.from_core(forms.sdpa_core(SDPBackend.MATH)),
 }
 
 
-def gradients_of(form: peers.Form, inputs: Inputs) -> list[torch.Tensor]:
+def gradients_of(form: forms.Form, inputs: Inputs) -> list[torch.Tensor]:
     out = form(inputs)
     return [out.detach(), *torch.autograd.grad(out, list(inputs.leaves.values()), inputs.dout)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.contest import gradients
+from benchmarks.gpu.tryout import gradients
 from benchmarks.peers import PEERS
 from benchmarks.problems import Problem, make_inputs
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.gpu.contest import NO_BIAS, NO_BIAS_GRADIENT, SAME, run_problem
+from benchmarks import forms, peers
+from benchmarks.gpu.contest import run_problem
+from benchmarks.gpu.tryout import NO_BIAS, NO_BIAS_GRADIENT, SAME
 from benchmarks.peers import PEERS, Peer, peers_for
 from benchmarks.problems import (
     BASE,
@@ -47,16 +48,16 @@ def contest(problem: Problem, chosen: list[Peer], **more: Any) -> tuple[list[dic
     return rows, steps
 
 
-EAGER = Peer("eager", peers.from_core(peers.eager_core), operations=peers.ATTEND)
+EAGER = Peer("eager", forms.from_core(forms.eager_core), operations=peers.ATTEND)
 
 
-def of_core(name: str, core: peers.Core) -> Peer:
-    return Peer(name, peers.from_core(core))
+def of_core(name: str, core: forms.Core) -> Peer:
+    return Peer(name, forms.from_core(core))
 
 
 def test_rows_of_those_who_run() -> None:
-    blind = Peer("blind", peers.from_core(peers.eager_core, bias=False), bias=False)
-    mine = Peer("mine", peers.ours("reference"), ours=True)
+    blind = Peer("blind", forms.from_core(forms.eager_core, bias=False), bias=False)
+    mine = Peer("mine", forms.ours("reference"), ours=True)
     rows, steps = contest(BASE, [mine, EAGER, blind])
     timed = {(row["contestant"], row["pass"]): row for row in rows if row.get("status") == "ok"}
     assert set(timed) == {
@@ -88,10 +89,10 @@ def test_all_peers_of_a_problem_run_or_say_why(problem: Problem) -> None:
 
 def test_a_wrong_peer_is_not_timed() -> None:
     for core in (
-        lambda q, k, v, bias: peers.eager_core(q, k, v, bias) * 1.01,
-        lambda q, k, v, bias: peers.eager_core(q, k, v, bias) * float("nan"),
+        lambda q, k, v, bias: forms.eager_core(q, k, v, bias) * 1.01,
+        lambda q, k, v, bias: forms.eager_core(q, k, v, bias) * float("nan"),
         # Right output, no gradient of the bias.
-        lambda q, k, v, bias: peers.eager_core(q, k, v, bias.detach() + 0 * bias),
+        lambda q, k, v, bias: forms.eager_core(q, k, v, bias.detach() + 0 * bias),
     ):
         rows, _ = contest(BASE, [of_core("wrong", core), EAGER])
         wrong = [row for row in rows if row["contestant"] == "wrong"]
@@ -105,7 +106,7 @@ def test_a_peer_that_refuses_the_gradient_of_a_bias_does_less_work() -> None:
         assert bias is not None
         if bias.requires_grad:
             raise RuntimeError("attn_bias must not require a gradient")
-        return peers.eager_core(q, k, v, bias)
+        return forms.eager_core(q, k, v, bias)
 
     rows, _ = contest(BASE, [of_core("proud", proud), EAGER])
     timed = {row["pass"]: row for row in rows if row["contestant"] == "proud" and "pass" in row}
@@ -114,7 +115,7 @@ def test_a_peer_that_refuses_the_gradient_of_a_bias_does_less_work() -> None:
 
 
 def test_reasons_hold_the_warnings_that_explain_them() -> None:
-    def explains(problem: Problem) -> peers.Form:
+    def explains(problem: Problem) -> forms.Form:
         def form(inputs: Inputs) -> Tensor:
             import warnings
 
@@ -130,7 +131,7 @@ def test_reasons_hold_the_warnings_that_explain_them() -> None:
 
 
 def test_an_excluded_peer_is_not_even_built() -> None:
-    def bomb(problem: Problem) -> peers.Form:
+    def bomb(problem: Problem) -> forms.Form:
         raise AssertionError("built")
 
     rows, steps = contest(BASE, [Peer("bomb", bomb)], excluded={"bomb": "ended by SIGSEGV"})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from benchmarks.problems import BASE, BASE_LAST, EXPAND, PROBLEMS, by_name
+from benchmarks.problems import BASE, BASE_LAST, END_TO_END, EXPAND, PROBLEMS, by_name
 from benchmarks.timing import CudaTimer, Limits, Sample, WallTimer, interleave, quantile, summarise
 
 
@@ -161,6 +161,12 @@ def test_expansion_counts() -> None:
     # 732 rows of 12 heads; the index is int64.
     assert EXPAND.work("forward").bytes == 4 * BIAS + 8 * 197**2 + 4 * 732 * 12
     assert EXPAND.work("backward").bytes == 4 * BIAS + 4 * 732 * 12
+
+
+def test_from_the_table_the_bias_is_never_moved() -> None:
+    table = 4 * 732 * 12
+    assert END_TO_END.work("forward").bytes == 4 * TENSOR + LSE + table + 8 * 197**2
+    assert END_TO_END.work("backward").bytes == 7 * TENSOR + LSE + table
 
 
 def test_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
