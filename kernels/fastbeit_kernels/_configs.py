@@ -49,8 +49,8 @@ class AttentionConfig:
 #   64 do, and L2 is what binds. 264 programs are two rounds of the H100's 132 multiprocessors.
 HOPPER = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 264)
 HOPPER_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 264)
-#   sm_100: with two stages the forward without bias needs 8 bytes of stack; with three 120 registers
-#   and none, 128 with bias. 296 programs are two rounds of the B200's 148 multiprocessors.
+#   sm_100: with two stages the forward without bias needs 8 bytes of stack; with three none, and
+#   120 registers (128 with bias). 296 programs are two rounds of the B200's 148 multiprocessors.
 BLACKWELL = AttentionConfig(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 296)
 BLACKWELL_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 296)
 #   sm_80: forward 160, dQ 168, dK/dV 247, no spills; 64 keys by 32 queries would spill. 216
