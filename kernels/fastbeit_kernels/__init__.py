@@ -1,10 +1,11 @@
 """The operations of a BEiT step: biased attention, residual + LayerNorm, masked loss, argmax head.
 
 They need torch alone, know nothing of fastbeit, and serve any ViT. ``reference.py`` is their
-specification in plain PyTorch. ``impl="auto"`` takes a Triton kernel on a supported GPU, else the
-reference (in this version there are no Triton kernels yet, so always the reference);
-``impl="reference"`` the reference; ``impl="triton"`` a kernel or a RuntimeError, never a silent
-fall-back. Wrong shapes, dtypes and devices raise ValueError. Importing this package queries no GPU.
+specification in plain PyTorch. ``impl="auto"`` takes a Triton kernel on an NVIDIA GPU of compute
+capability 8.0 or newer, else the reference; ``impl="reference"`` the reference; ``impl="triton"`` a
+kernel or an error, never a silent fall-back (on a CPU it needs TRITON_INTERPRET=1). Kernels exist
+for attention and for expand_rel_pos_bias. Wrong shapes, dtypes and devices raise ValueError.
+Importing this package queries no GPU and imports no Triton.
 
 Shapes: B batch, T tokens, Tq queries, Tk keys, H heads, d head width, D width, M slots, V classes.
 Positions index rows of what they are given (tokens, CLS included); -1 marks an empty slot, whose
@@ -20,11 +21,14 @@ from torch import Tensor
 from . import reference
 from ._checks import (
     INTEGERS,
+    attention_unfit,
     check_attention,
     check_impl,
     check_relative,
     check_tensor,
+    expand_unfit,
 )
+from ._dispatch import choose
 from .reference import MimLoss
 
 Impl = Literal["auto", "triton", "reference"]
@@ -66,34 +70,61 @@ def attention(
 
     Returns:
         ``[B, Tq, H, d]`` in q's dtype. The softmax is fp32; with 16-bit inputs on a GPU the bias is
-        read in 16 bits.
+        read in 16 bits (its gradient is summed in fp32). Under autocast q, k and v are cast, the
+        bias isn't. The kernels give a row of scores that are all -inf an output of zero.
+
+    The kernels take heads up to 128 wide and no fp64 (``impl="auto"``: the reference does), have no
+    second derivative, and give bitwise the same gradients in every run.
     """
-    check_impl("attention", impl)
     check_attention(q, k, v, bias, query_positions)
-    return reference.attention(q, k, v, bias, query_positions=query_positions, scale=scale)
+    match choose("attention", impl, q, attention_unfit(q, k)):
+        case "triton":
+            from ._attention import ops
+
+            return ops.attention(q, k, v, bias, query_positions, scale)
+        case "reference":
+            return reference.attention(q, k, v, bias, query_positions=query_positions, scale=scale)
 
 
 def attention_packed(
     qkv: Tensor, bias: Tensor | None = None, *, scale: float | None = None, impl: Impl = "auto"
 ) -> Tensor:
     """:func:`attention` of ``qkv [B, T, 3, H, d]`` → ``[B, T, H, d]``; the gradient is packed."""
-    check_impl("attention_packed", impl)
     check_tensor("qkv", qkv, ("B", "T", 3, "H", "d"))
-    check_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], bias, None)
-    return reference.attention_packed(qkv, bias, scale=scale)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    check_attention(q, k, v, bias, None)
+    match choose("attention_packed", impl, qkv, attention_unfit(q, k)):
+        case "triton":
+            from ._attention import ops
+
+            return ops.attention_packed(qkv, bias, scale)
+        case "reference":
+            return reference.attention_packed(qkv, bias, scale=scale)
 
 
 def expand_rel_pos_bias(
-    table: Tensor, index: Tensor, *, grid: tuple[int, int] | None = None
+    table: Tensor,
+    index: Tensor,
+    *,
+    grid: tuple[int, int] | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Relative table ``[R, H]`` and index ``[T, T]`` → bias fp32 ``[H, T, T]``.
 
     Memory rows are a multiple of 8 elements apart, so the result is not contiguous. Its backward
-    reduces to the table once, in a fixed order. ``grid`` (h, w) says that the index is that of an
-    h x w window plus CLS; values don't depend on it.
+    reduces to the table once, in a fixed order. ``grid`` (h, w) is a promise that the index is that
+    of an h x w window, rows first, with CLS before it and its three table rows behind the
+    offsets', as BEiT has it: then the backward kernel knows where each table row went. The promise
+    isn't checked (that would wait for the device); the values don't depend on it.
     """
     check_relative(table, index, grid)
-    return reference.expand_rel_pos_bias(table, index, grid=grid)
+    match choose("expand_rel_pos_bias", impl, table, expand_unfit(table, index)):
+        case "triton":
+            from ._rel_pos_bias import ops
+
+            return ops.expand_rel_pos_bias(table, index, grid)
+        case "reference":
+            return reference.expand_rel_pos_bias(table, index, grid=grid)
 
 
 def rel_pos_attention(
@@ -109,12 +140,12 @@ def rel_pos_attention(
     impl: Impl = "auto",
 ) -> Tensor:
     """:func:`expand_rel_pos_bias`, then :func:`attention`."""
-    check_impl("rel_pos_attention", impl)
     check_tensor("q", q, ("B", "Tq", "H", "d"))
     check_relative(table, index, grid, q.shape[2])
-    bias = reference.expand_rel_pos_bias(table, index, grid=grid)
-    check_attention(q, k, v, bias, query_positions)
-    return reference.attention(q, k, v, bias, query_positions=query_positions, scale=scale)
+    unfit = attention_unfit(q, k) or expand_unfit(table, index)
+    impl = choose("rel_pos_attention", impl, q, unfit)
+    bias = expand_rel_pos_bias(table, index, grid=grid, impl=impl)
+    return attention(q, k, v, bias, query_positions=query_positions, scale=scale, impl=impl)
 
 
 def rel_pos_attention_packed(
@@ -127,12 +158,12 @@ def rel_pos_attention_packed(
     impl: Impl = "auto",
 ) -> Tensor:
     """:func:`expand_rel_pos_bias`, then :func:`attention_packed`."""
-    check_impl("rel_pos_attention_packed", impl)
     check_tensor("qkv", qkv, ("B", "T", 3, "H", "d"))
     check_relative(table, index, grid, qkv.shape[3])
-    return attention_packed(
-        qkv, reference.expand_rel_pos_bias(table, index, grid=grid), scale=scale, impl=impl
-    )
+    unfit = attention_unfit(qkv[:, :, 0], qkv[:, :, 1]) or expand_unfit(table, index)
+    impl = choose("rel_pos_attention_packed", impl, qkv, unfit)
+    bias = expand_rel_pos_bias(table, index, grid=grid, impl=impl)
+    return attention_packed(qkv, bias, scale=scale, impl=impl)
 
 
 def scale_residual_layer_norm(

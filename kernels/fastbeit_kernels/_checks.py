@@ -6,21 +6,46 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+KERNEL_FLOATS = FLOATS[:3]
+KERNEL_HEAD_WIDTH = 128
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
-def check_impl(operation: str, impl: str) -> None:
-    """Refuse an unknown ``impl`` with ValueError, and ``"triton"`` with RuntimeError."""
+def check_impl_name(operation: str, impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"{operation}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
         )
+
+
+def check_impl(operation: str, impl: str) -> None:
+    """For operations without a kernel: refuse ``"triton"`` with RuntimeError."""
+    check_impl_name(operation, impl)
     if impl == "triton":
         raise RuntimeError(
             f"{operation}: impl='triton' was asked for, but this version of fastbeit_kernels "
-            "has no Triton kernels; use impl='auto' or impl='reference'"
+            "has no Triton kernel for it; use impl='auto' or impl='reference'"
         )
+
+
+def attention_unfit(q: Tensor, k: Tensor) -> str | None:
+    """Why the attention kernels can't take such q and k; None if they can."""
+    if q.dtype not in KERNEL_FLOATS:
+        return f"the kernels take float32, float16 and bfloat16, and q is {q.dtype}"
+    if q.shape[-1] > KERNEL_HEAD_WIDTH:
+        return f"the kernels take head widths up to {KERNEL_HEAD_WIDTH}, and q has {q.shape[-1]}"
+    if q.numel() == 0 or k.numel() == 0:
+        return "there is nothing to compute: q, k or v is empty"
+    return None
+
+
+def expand_unfit(table: Tensor, index: Tensor) -> str | None:
+    if table.dtype not in KERNEL_FLOATS:
+        return f"the kernels take float32, float16 and bfloat16, and table is {table.dtype}"
+    if table.numel() == 0 or index.numel() == 0:
+        return "there is nothing to compute: table or index is empty"
+    return None
 
 
 def _words(shape: tuple[int | str | None, ...]) -> str:

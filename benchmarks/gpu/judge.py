@@ -1,0 +1,74 @@
+"""How right a result is: its distance from float64 beside that of plain PyTorch.
+
+The bound is twice plain PyTorch's error at the same precision, by norm over a tensor. A single bad
+element among many hides in a norm, so the largest deviation is bounded too, at three times plain's:
+the same factor of two, and half as much again because the largest of many errors scatters. Where
+plain PyTorch happens to be exact (a short sum can be), one rounding of the result is allowed on
+top: its relative error by norm is about a quarter of eps in 16 bits; in fp32, where a tensor may be
+a handful of sums, a whole eps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NORM_FACTOR = 2.0
+PEAK_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Relative errors of one tensor, ours and plain's: by norm and at the worst element."""
+
+    norm: float
+    plain_norm: float
+    peak: float
+    plain_peak: float
+    passed: bool
+    reason: str = ""
+
+    def as_row(self) -> dict[str, object]:
+        row: dict[str, object] = {
+            "norm": self.norm,
+            "plain_norm": self.plain_norm,
+            "peak": self.peak,
+            "plain_peak": self.plain_peak,
+            "passed": self.passed,
+        }
+        if self.reason:
+            row["reason"] = self.reason
+        return row
+
+
+def distances(value: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(norm of the difference / norm of the truth, largest difference / largest of the truth)."""
+    difference, truth = value.double() - truth.double(), truth.double()
+    if difference.numel() == 0:
+        return 0.0, 0.0
+    norm = difference.norm() / truth.norm().clamp_min(1e-300)
+    peak = difference.abs().max() / truth.abs().max().clamp_min(1e-300)
+    return norm.item(), peak.item()
+
+
+def judge(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> Verdict:
+    """``dtype`` is that of the inputs; NaN and infinity never pass."""
+    norm, peak = distances(ours, truth)
+    plain_norm, plain_peak = distances(plain, truth)
+    eps = torch.finfo(dtype).eps
+    slack = eps if dtype == torch.float32 else eps / 4
+    reason = ""
+    if ours.shape != truth.shape:
+        reason = f"shape {list(ours.shape)}, expected {list(truth.shape)}"
+    elif not ours.isfinite().all():
+        reason = f"{(~ours.isfinite()).sum().item()} elements are not finite"
+    elif not norm <= NORM_FACTOR * plain_norm + slack:
+        reason = f"error {norm:.2e} is over {NORM_FACTOR:g} times plain PyTorch's {plain_norm:.2e}"
+    elif not peak <= PEAK_FACTOR * plain_peak + slack:
+        reason = (
+            f"largest error {peak:.2e} is over {PEAK_FACTOR:g} times plain PyTorch's "
+            f"{plain_peak:.2e}"
+        )
+    return Verdict(norm, plain_norm, peak, plain_peak, not reason, reason)

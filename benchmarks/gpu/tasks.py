@@ -1,0 +1,105 @@
+"""What a worker does with a task. Rows go out as soon as they are known."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks import problems
+from benchmarks.gpu import cases, contest, correctness, environment, integration, kernels
+from benchmarks.roofline import Ceiling
+from benchmarks.timing import CudaTimer, Limits, Timer, WallTimer
+
+Row = dict[str, Any]
+
+
+class Events(Protocol):
+    def row(self, row: Row) -> None: ...
+    def step(self, step: str) -> None: ...
+
+
+def run(payload: Row, events: Events) -> None:
+    """``payload["kind"]`` names the task, ``payload["dry"]`` asks for tiny shapes on the CPU."""
+    dry = payload["dry"]
+    device = torch.device("cpu" if dry else "cuda")
+    timer: Timer = WallTimer() if dry else CudaTimer()
+    match payload["kind"]:
+        case "environment":
+            events.row({"kind": "device", **environment.of_device(device)})
+        case "ceilings":
+            events.row({"kind": "ceilings", **environment.ceilings(device, timer)})
+        case "correctness":
+            case = next(case for case in cases.CASES if case.name == payload["case"])
+            case = case.shrunk() if dry else case
+            try:
+                correctness.check_case(case, payload["dtype"], device, events.row)
+            except torch.OutOfMemoryError:
+                events.row(skipped(payload, "the device's memory is too small for this case"))
+        case "once":
+            for case in cases.CASES:
+                if case.name in payload["cases"]:
+                    call = cases.make_call(case, payload["dtype"], 0, device)
+                    for name, tensor in correctness.results(cases.ours, call).items():
+                        events.step(f"{case.name}, {name}: {tensor.float().norm().item():.6g}")
+        case "integration":
+            integration.check_integration(
+                payload["case"], payload["dtype"], device, events.row, shrink=dry
+            )
+        case "timing":
+            _timing(payload, events, device, timer)
+        case other:
+            raise ValueError(f"no task is called {other!r}")
+
+
+def skipped(payload: Row, reason: str) -> Row:
+    return {
+        "kind": "correctness",
+        "check": "error",
+        "case": payload["case"],
+        "dtype": payload["dtype"],
+        "status": "skipped",
+        "reason": reason,
+    }
+
+
+def _timing(payload: Row, events: Events, device: torch.device, timer: Timer) -> None:
+    dry = payload["dry"]
+    problem = problems.by_name(payload["problem"])
+    if dry:
+        problem = problem.shrunk()
+    ceiling = Ceiling(**payload["ceiling"]) if payload.get("ceiling") else None
+    limits = Limits(0.1, 2, 3, 1) if dry else Limits(**payload.get("limits", {}))
+    cache_bytes = 0 if dry else torch.cuda.get_device_properties(device).L2_cache_size
+    contest.run_problem(
+        problem,
+        events.row,
+        events.step,
+        timer=timer,
+        limits=limits,
+        device=device,
+        ceiling=ceiling,
+        cache_bytes=cache_bytes,
+        slow=payload["slow"],
+        excluded=payload.get("excluded", {}),
+    )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not payload["slow"]:
+        events.step("time of each kernel")
+        kernels.emit_kernel_times(problem, device, events.row)
+
+
+def sanitizer_main() -> None:
+    """A task without events, for a sanitizer to watch: rows go to standard output."""
+
+    class Printed:
+        def row(self, row: Row) -> None:
+            print(json.dumps(row), flush=True)
+
+        def step(self, step: str) -> None:
+            print(step, flush=True)
+
+    run(json.loads(os.environ["FASTBEIT_SANITIZED_TASK"]), Printed())

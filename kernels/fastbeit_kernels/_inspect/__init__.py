@@ -1,0 +1,1 @@
+"""The compile report: what kernels become for a GPU that need not be there (``inspect.py``)."""

@@ -1,0 +1,1 @@
+"""The tuning command's parts (``tune.py``): candidates, problems, timing."""

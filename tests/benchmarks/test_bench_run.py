@@ -1,0 +1,242 @@
+"""The whole command: a dry run end to end, workers that crash or hang, the plan, no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import peers, problems
+from benchmarks.gpu import plan, sanitizer, tuning
+from benchmarks.gpu.pool import Pool, Task
+from benchmarks.results import read_environment, read_rows, result_folders
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_root: Path) -> None:
+    done = run_python(
+        "-m", "benchmarks.gpu", "--dry-run", "--minutes", "3", "--out", tmp_path,
+        "--only", "expand 5 x 7", "--only", "BEiT at 224", "--only", "qkv, fp16",
+        env={"PYTHONPATH": str(repo_root)}, timeout_s=170,
+    )  # fmt: skip
+    (folder,) = result_folders(tmp_path)
+    environment, rows = read_environment(folder), read_rows(folder)
+    assert environment["dry_run"] and environment["ceilings"]["tflops"] > 0
+    assert environment["packages"]["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(environment)
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {"correctness", "prepared", "timing", "kernels", "tuning", "verdict"}
+    checks = {row["check"] for row in rows if row["kind"] == "correctness"}
+    assert {
+        "error",
+        "repeatable",
+        "writes everything",
+        "batch independent",
+        "reads nothing else",
+        "torch.compile",
+        "CUDA graph",
+        "checkpointing",
+        "autocast",
+    } <= checks
+    bad = [row for row in rows if row.get("status") in ("fail", "failed", "wrong")]
+    assert not bad, bad
+    timed = [row for row in rows if row["kind"] == "timing" and row["status"] == "ok"]
+    assert {row["pass"] for row in timed if row["ours"]} == {"forward", "backward"}
+    assert {row["tier"] for row in timed} == {"quick", "slow"}
+    names = {row["contestant"] for row in timed}
+    assert {"torch.compile max-autotune", "eager PyTorch", peers.OURS} <= names
+    absent = [row for row in rows if row["kind"] == "timing" and row["status"] == "unavailable"]
+    assert absent and all(row["reason"] for row in absent)
+    assert "a dry run" in (folder / "summary.md").read_text(encoding="utf-8")
+    assert "## Targets" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_says_so(run_python: RunPython, tmp_path: Path, repo_root: Path) -> None:
+    done = run_python(
+        "-m", "benchmarks.gpu", "--out", tmp_path, env={"PYTHONPATH": str(repo_root)}, expect=2
+    )
+    assert "needs an NVIDIA GPU" in done.stderr and "--dry-run" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# A worker that does what the task's name says.
+STAND_IN = """
+import json, os, sys, time
+pipe = int(sys.argv[1])
+def send(**event):
+    os.write(pipe, (json.dumps(event) + "\\n").encode())
+for line in sys.stdin:
+    task = json.loads(line)
+    send(event="step", step="step of " + task["do"])
+    if task["do"] == "crash":
+        os.abort()
+    if task["do"] == "hang":
+        time.sleep(100)
+    if task["do"] == "fatal":
+        send(event="fatal", reason="the context is lost")
+        sys.exit(3)
+    send(event="row", row={"kind": "did", "do": task["do"], "pid": os.getpid()})
+    send(event="done")
+    if task["do"] == "leave":
+        sys.exit(0)
+"""
+
+
+def run_pool(
+    tmp_path: Path,
+    names: list[str],
+    *,
+    workers: int = 1,
+    seconds: float = 30.0,
+    retry: bool = False,
+) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]], list[Task]]:
+    rows: list[dict[str, Any]] = []
+    lost: list[tuple[str, str, str]] = []
+
+    def on_lost(task: Task, step: str, reason: str) -> Task | None:
+        lost.append((task.name, step, reason))
+        return Task("instead", {"do": "instead"}) if retry else None
+
+    pool = Pool(
+        workers,
+        tmp_path / "log",
+        rows.append,
+        on_lost,
+        command=(sys.executable, "-S", "-c", STAND_IN),
+    )
+    tasks = [Task(name, {"do": name}, silence_s=1.0 if name == "hang" else 20.0) for name in names]
+    left = pool.run(tasks, time.monotonic() + seconds)
+    return rows, lost, left
+
+
+def test_a_crash_costs_one_task(tmp_path: Path) -> None:
+    rows, lost, left = run_pool(tmp_path, ["a", "crash", "b", "fatal", "c", "leave", "d"])
+    assert [row["do"] for row in rows] == ["a", "b", "c", "leave", "d"]
+    assert [name for name, *_ in lost] == ["crash", "fatal"] and not left
+    assert lost[0][1] == "step of crash" and "SIGABRT" in lost[0][2]
+    assert lost[1][2] == "the context is lost"
+
+
+def test_a_hang_is_ended_and_another_try_is_made(tmp_path: Path) -> None:
+    rows, lost, left = run_pool(tmp_path, ["hang", "b"], retry=True)
+    assert [row["do"] for row in rows] == ["instead", "b"] and not left
+    assert "nothing came" in lost[0][2]
+
+
+def test_tasks_are_spread_over_workers(tmp_path: Path) -> None:
+    rows, _, _ = run_pool(tmp_path, [f"t{i}" for i in range(40)], workers=2)
+    assert len(rows) == 40 and len({row["pid"] for row in rows}) == 2
+
+
+def test_time_is_up(tmp_path: Path) -> None:
+    began = time.monotonic()
+    tasks = ["a", "hang", "b"]
+    rows, _, left = run_pool(tmp_path, tasks, seconds=0.7)
+    assert time.monotonic() - began < 5
+    assert [task.name for task in left] == tasks[len(rows) :]
+
+
+def test_a_worker_that_cannot_start_is_reported(tmp_path: Path) -> None:
+    lost: list[str] = []
+    pool = Pool(
+        1,
+        tmp_path / "log",
+        lambda row: None,
+        lambda task, step, reason: lost.append(reason),
+        command=(sys.executable, "-c", "import nothing_of_that_name"),
+    )
+    assert pool.run([Task("a", {})], time.monotonic() + 20) == []
+    assert lost == ["the process ended with exit code 1"]
+    assert "nothing_of_that_name" in (tmp_path / "log").read_text()
+
+
+def test_the_most_important_comes_first() -> None:
+    checks = plan.correctness_tasks(False, [])
+    dtypes = [task.payload["dtype"] for task in checks if task.payload["kind"] == "correctness"]
+    assert checks[0].payload["case"] == "BEiT at 224 pixels" and dtypes[0] == "bfloat16"
+    assert dtypes.index("float16") > 10
+    assert {"bfloat16", "float16", "float32"} == set(dtypes)
+    assert len({task.name for task in checks}) == len(checks)
+    timings = plan.timing_tasks(False, [], None)
+    assert timings[0].payload["problem"] == problems.BASE.name and not timings[0].payload["slow"]
+    assert len(timings) == 2 * len(problems.PROBLEMS)
+    assert [task.payload["slow"] for task in timings[:5]] == [False] * 4 + [True]
+
+
+def test_a_lost_contestant_is_left_out_of_the_next_try() -> None:
+    rows: list[dict[str, Any]] = []
+    lost = plan.on_lost(rows.append)
+    task = plan.timing_tasks(False, [], None)[0]
+    again = lost(task, f"{peers.FLASH2}, backward", "SIGSEGV")
+    assert again is not None and again.payload["excluded"] == {peers.FLASH2: "SIGSEGV"}
+    assert lost(again, peers.FLASH2, "SIGSEGV") is None  # not for ever
+    assert lost(task, "timing, forward", "silent") is None
+    assert [row["kind"] for row in rows] == ["lost", "lost"]
+    check = plan.correctness_tasks(False, [])[0]
+    assert lost(check, "start", "SIGABRT") is None
+    assert rows[-1]["status"] == "fail" and rows[-1]["reason"] == "SIGABRT"
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "status"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", "pass"),
+        (sanitizer.FOUND, "========= Invalid __global__ read\n= ERROR SUMMARY: 1 error", "fail"),
+        (1, "========= Error: Device not supported", "unavailable"),
+        (1, "ImportError", "unavailable"),
+        (None, "", "not finished"),
+    ],
+)
+def test_what_a_sanitizer_said(code: int | None, text: str, status: str) -> None:
+    row = sanitizer.verdict("memcheck", code, text)
+    assert row["status"] == status and (status == "pass" or row["reason"])
+
+
+def test_a_sanitizer_that_finds_something_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\n[ "$2" = memcheck ] && { echo "========= Invalid read"; exit 77; }\n'
+        'echo "$FASTBEIT_SANITIZED_TASK"; exit 0\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "find_tool", lambda: str(tool))
+    met = []
+    rows = sanitizer.run_beside(tmp_path, {}, lambda: met.append(1), 10.0)
+    assert met == [1]
+    assert {(row["tool"], row["status"]) for row in rows} == {
+        ("memcheck", "fail"),
+        ("racecheck", "pass"),
+    }
+    assert "query subset" in (tmp_path / "racecheck.log").read_text()
+
+
+def test_without_a_sanitizer_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
+    met = []
+    rows = sanitizer.run_beside(tmp_path, {}, lambda: met.append(1), 10.0)
+    assert met == [1] and {row["status"] for row in rows} == {"unavailable"}
+
+
+def test_tuning_says_why_it_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "MODULE", "json.no_such_module")
+    assert tuning.tune(tmp_path, 100.0, {}, False)["status"] == "unavailable"
+    monkeypatch.setattr(tuning, "MODULE", "json.tool")
+    assert tuning.tune(tmp_path, 1.0, {}, False)["status"] == "skipped"
+    assert tuning.tune(tmp_path, 100.0, {}, True)["status"] == "skipped"
+    monkeypatch.setattr(tuning, "LEAST_S", 0.0)
+    monkeypatch.setattr(tuning, "MODULE", "this")
+    row = tuning.tune(tmp_path, 20.0, {}, False)
+    assert row["status"] == "ok" and "Zen" in (tmp_path / "tuning.txt").read_text()

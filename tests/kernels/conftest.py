@@ -1,0 +1,53 @@
+"""What the tests of compiled kernels share: the report and the broken kernels, compiled once.
+
+Compiling happens in processes of their own, because Triton can't compile where it interprets.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+REPORTS = (
+    # (targets, dtypes): every 16-bit kernel of training on all targets, the others on one.
+    ("sm_80,sm_90,sm_100", "bf16"),
+    ("sm_90", "fp16,fp32"),
+)
+TRAINING = r"BEiT-[BL](, last block)?, |heads, 197 tokens"
+
+
+@pytest.fixture(scope="session")
+def compile_environment(repo_root):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return {"TRITON_INTERPRET": "0", "PYTHONPATH": f"{repo_root}:{repo_root / 'kernels'}"}
+
+
+@pytest.fixture(scope="session")
+def compile_report(run_python, compile_environment, tmp_path_factory):
+    """Rows of ``python -m fastbeit_kernels.inspect`` for BEiT-B and BEiT-L."""
+    rows, folder = [], tmp_path_factory.mktemp("inspect")
+    for number, (archs, dtypes) in enumerate(REPORTS):
+        file = folder / f"{number}.json"
+        # Whether rules are kept is for the tests to say, one by one: any exit code.
+        done = run_python(
+            *("-m", "fastbeit_kernels.inspect", "--arch", archs, "--dtype", dtypes),
+            *("--match", TRAINING, "--json", file),
+            env=compile_environment,
+            expect=None,
+            timeout_s=280,
+        )
+        assert done.returncode in (0, 1), done.stderr
+        rows += json.loads(file.read_text())["rows"]
+    return rows
+
+
+@pytest.fixture(scope="session")
+def broken_kernels(run_python, compile_environment):
+    """``broken_kernels.py``: what the report says of kernels that break one rule each."""
+    script = Path(__file__).with_name("broken_kernels.py")
+    done = run_python(script, env=compile_environment, timeout_s=200)
+    return json.loads(done.stdout)
