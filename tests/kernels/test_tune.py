@@ -199,7 +199,9 @@ def test_real_candidates_are_pruned_and_the_report_reads_what_launches_run(
 ) -> None:
     script = tmp_path / "prune.py"
     script.write_text(PRUNE)
-    done = run_python(script, env=compile_environment, timeout_s=200)
+    # A cache of its own: code names its source file, and another checkout's may lie in the common one.
+    environment = {**compile_environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_python(script, env=environment, timeout_s=200)
     (sound, twice, spilled), same = json.loads(done.stdout)
     assert sound == []
     assert "a tile is computed 2 times by 8 warps" in twice[0]

@@ -54,7 +54,8 @@ def make_problem(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -
         generator = torch.Generator(device).manual_seed(seed)
         for tensor in (qkv, read, dout):
             tensor.normal_(generator=generator)
-    return Problem(*qkv.unbind(2), read, out, lse, dout, delta, *dqkv.unbind(2))
+    (q, k, v), (dq, dk, dv) = qkv.unbind(2), dqkv.unbind(2)
+    return Problem(q, k, v, read, out, lse, dout, delta, dq, dk, dv)
 
 
 def launches_of(part: str, problem: Problem, config: AttentionConfig) -> list[Launch]:
