@@ -50,6 +50,8 @@ EXTRAS = {
         "ruff>=0.15",
         "setuptools>=77",
         "tensorboard>=2.20",
+        # A CPU build of torch brings none; the kernels are interpreted and compiled without a GPU.
+        f"triton>=3.6; {LINUX_X86_64}",
     ],
 }
 

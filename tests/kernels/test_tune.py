@@ -199,7 +199,7 @@ def test_real_candidates_are_pruned_and_the_report_reads_what_launches_run(
 ) -> None:
     script = tmp_path / "prune.py"
     script.write_text(PRUNE)
-    # A cache of its own: code names its source file; the common one may hold another checkout's.
+    # Its own cache: code names its source file, and the common cache may hold another checkout's.
     environment = {**compile_environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = run_python(script, env=environment, timeout_s=200)
     (sound, twice, spilled), same = json.loads(done.stdout)
