@@ -1,10 +1,10 @@
 """The operations of a BEiT step: biased attention, residual + LayerNorm, masked loss, argmax head.
 
 They need torch alone, know nothing of fastbeit, and serve any ViT. ``reference.py`` is their
-specification in plain PyTorch. ``impl="auto"`` takes a Triton kernel on an NVIDIA GPU of compute
-capability 8.0 or newer, else the reference; ``impl="reference"`` the reference; ``impl="triton"`` a
-kernel or an error, never a silent fall-back (on a CPU it needs TRITON_INTERPRET=1). Kernels exist
-for attention and for expand_rel_pos_bias. Wrong shapes, dtypes and devices raise ValueError.
+specification in plain PyTorch. ``impl="triton"`` takes a Triton kernel (an NVIDIA GPU of compute
+capability 8.0 or newer; on a CPU TRITON_INTERPRET=1) or fails, never silently falls back;
+``impl="reference"`` the reference; ``impl="auto"`` the better of the two, which is the reference until
+the kernels, for attention and for expand_rel_pos_bias, have been shown right and faster on a GPU. Wrong shapes, dtypes and devices raise ValueError.
 Importing this package queries no GPU and imports no Triton.
 
 Shapes: B batch, T tokens, Tq queries, Tk keys, H heads, d head width, D width, M slots, V classes.

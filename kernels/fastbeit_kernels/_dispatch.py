@@ -15,6 +15,9 @@ from torch import Tensor
 from ._checks import check_impl_name
 
 OLDEST_CAPABILITY = (8, 0)
+SHOWN_ON_A_GPU = False
+"""Whether "auto" takes the kernels. Not before ``python -m benchmarks.gpu`` has shown that they are
+right on a device and ahead of the best alternative; until then they are asked for by name."""
 
 
 def why_not(device_type: str, device_index: int) -> str | None:
@@ -60,7 +63,7 @@ def choose(
     """
     check_impl_name(operation, impl)
     if impl == "reference" or (
-        impl == "auto" and (unfit is not None or tensor.device.type == "cpu")
+        impl == "auto" and (not SHOWN_ON_A_GPU or unfit is not None or tensor.device.type == "cpu")
     ):
         return "reference"
     device = tensor.device
