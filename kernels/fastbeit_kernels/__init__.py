@@ -2,10 +2,11 @@
 
 They need torch alone, know nothing of fastbeit, and serve any ViT. ``reference.py`` is their
 specification in plain PyTorch. ``impl="triton"`` takes a Triton kernel (an NVIDIA GPU of compute
-capability 8.0 or newer; on a CPU TRITON_INTERPRET=1) or fails, never silently falls back;
-``impl="reference"`` the reference; ``impl="auto"`` the better of the two, which is the reference until
-the kernels, for attention and for expand_rel_pos_bias, have been shown right and faster on a GPU. Wrong shapes, dtypes and devices raise ValueError.
-Importing this package queries no GPU and imports no Triton.
+capability 8.0 or newer; on a CPU TRITON_INTERPRET=1) or fails, and never silently falls back;
+``impl="reference"`` takes the reference; ``impl="auto"`` the better of the two, which is the
+reference until the kernels, for attention and for expand_rel_pos_bias, have been shown right and
+faster on a GPU. Wrong shapes, dtypes and devices raise ValueError. Importing this package queries
+no GPU and imports no Triton.
 
 Shapes: B batch, T tokens, Tq queries, Tk keys, H heads, d head width, D width, M slots, V classes.
 Positions index rows of what they are given (tokens, CLS included); -1 marks an empty slot, whose
