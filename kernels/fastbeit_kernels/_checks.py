@@ -8,6 +8,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KERNEL_FLOATS = FLOATS[:3]
 KERNEL_HEAD_WIDTH = 128
+KERNEL_CLASSES = 65_536
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8)
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
@@ -16,16 +17,6 @@ def check_impl_name(operation: str, impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(
             f"{operation}: impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
-        )
-
-
-def check_impl(operation: str, impl: str) -> None:
-    """For operations without a kernel: refuse ``"triton"`` with RuntimeError."""
-    check_impl_name(operation, impl)
-    if impl == "triton":
-        raise RuntimeError(
-            f"{operation}: impl='triton' was asked for, but this version of fastbeit_kernels "
-            "has no Triton kernel for it; use impl='auto' or impl='reference'"
         )
 
 
@@ -46,6 +37,30 @@ def expand_unfit(table: Tensor, index: Tensor) -> str | None:
     if table.numel() == 0 or index.numel() == 0:
         return "there is nothing to compute: table or index is empty"
     return None
+
+
+def rows_unfit(**tensors: Tensor | None) -> str | None:
+    """Why kernels that go through rows can't take these tensors, by name; None if they can."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in KERNEL_FLOATS:
+            return f"the kernels take float32, float16 and bfloat16, and {name} is {tensor.dtype}"
+        if tensor.numel() == 0:
+            return f"there is nothing to compute: {name} is empty"
+    return None
+
+
+def classes_unfit(weight: Tensor) -> str | None:
+    if weight.shape[0] > KERNEL_CLASSES:
+        return f"the kernels take up to {KERNEL_CLASSES} classes, and weight has {weight.shape[0]}"
+    return None
+
+
+def embedding_unfit(images: Tensor, weight: Tensor) -> str | None:
+    if images.requires_grad:
+        return "the kernels give images no gradient, and images requires one"
+    return rows_unfit(images=images, weight=weight)
 
 
 def _words(shape: tuple[int | str | None, ...]) -> str:

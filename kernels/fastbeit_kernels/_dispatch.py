@@ -15,9 +15,12 @@ from torch import Tensor
 from ._checks import check_impl_name
 
 OLDEST_CAPABILITY = (8, 0)
-SHOWN_ON_A_GPU = False
-"""Whether "auto" takes the kernels. Not before ``python -m benchmarks.gpu`` has shown that they are
-right on a device and ahead of the best alternative; until then they are asked for by name."""
+SHOWN_ON_A_GPU: frozenset[str] = frozenset()
+"""Public functions of which "auto" takes the kernels. A name comes here when ``python -m
+benchmarks.gpu`` has shown that its kernels are right on a device and ahead of the best alternative;
+until then they are asked for by name."""
+
+Impl = Literal["auto", "triton", "reference"]
 
 
 def why_not(device_type: str, device_index: int) -> str | None:
@@ -63,7 +66,8 @@ def choose(
     """
     check_impl_name(operation, impl)
     if impl == "reference" or (
-        impl == "auto" and (not SHOWN_ON_A_GPU or unfit is not None or tensor.device.type == "cpu")
+        impl == "auto"
+        and (operation not in SHOWN_ON_A_GPU or unfit is not None or tensor.device.type == "cpu")
     ):
         return "reference"
     device = tensor.device

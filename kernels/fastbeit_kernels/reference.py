@@ -192,6 +192,8 @@ def masked_linear_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
 ) -> MimLoss:
     """Mean of -log softmax(hidden Wᵀ + b)[target] over the filled slots; 0 where there are none.
 
@@ -208,7 +210,13 @@ def masked_linear_cross_entropy(
     safe_targets = torch.where(filled, targets, -1)
     logits = F.linear(hidden, weight, bias).float().flatten(0, 1)
     count = filled.sum()
-    total = F.cross_entropy(logits, safe_targets.flatten(), ignore_index=-1, reduction="sum")
+    total = F.cross_entropy(
+        logits,
+        safe_targets.flatten(),
+        ignore_index=-1,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     correct = (logits.detach().argmax(-1) == safe_targets.flatten()).sum()
     return MimLoss(total / count.clamp(min=1), correct, count)
 
@@ -227,3 +235,28 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         if bias is not None:
             scores = scores + bias.float()
         return scores.argmax(-1)
+
+
+def embed_patches(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    *,
+    positions: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+) -> Tensor:
+    """A convolution whose stride is its size; masked patches replaced; CLS in front."""
+    projected = F.conv2d(
+        images.to(weight.dtype), weight, _to(bias, weight.dtype), stride=weight.shape[2:]
+    )
+    patches_BND = projected.flatten(2).transpose(1, 2)
+    batch, count, width = patches_BND.shape
+    if positions is not None and mask_token is not None:
+        # Column 0 stands for CLS and collects the empty slots; no patch is touched by them.
+        masked_BT = torch.zeros(batch, count + 1, dtype=torch.bool, device=images.device)
+        masked_BT = masked_BT.scatter(1, positions.long() + 1, True)
+        patches_BND = torch.where(masked_BT[:, 1:, None], mask_token, patches_BND)
+    tokens_BTD = torch.cat((cls_token.expand(batch, 1, width), patches_BND), dim=1)
+    return tokens_BTD if pos_embed is None else tokens_BTD + pos_embed

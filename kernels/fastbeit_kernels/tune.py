@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._configs import AttentionConfig, Tile
-from ._launches import TRAINING, Shape
+from ._launches.attention import TRAINING, Shape
 from ._tune.candidates import (
     PARTS,
     PROGRAMS_PER_SM,

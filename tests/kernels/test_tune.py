@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from fastbeit_kernels import _configs, tune
 from fastbeit_kernels._configs import AttentionConfig, Tile, attention_config
-from fastbeit_kernels._launches import Shape
+from fastbeit_kernels._launches.attention import Shape
 from fastbeit_kernels._tune.candidates import PARTS, launches_of, make_problem, tiles, with_tile
 from fastbeit_kernels._tune.timing import Timing, summary
 
@@ -174,7 +174,8 @@ import json, sys, torch
 from fastbeit_kernels._configs import Tile
 from fastbeit_kernels._inspect.compiled import compile_source
 from fastbeit_kernels._inspect.targets import target_of
-from fastbeit_kernels._launches import TRAINING, launches
+from fastbeit_kernels._launches import launches
+from fastbeit_kernels._launches.attention import TRAINING
 from fastbeit_kernels._tune.candidates import Job, compile_as_launched, compile_jobs
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, dot_add, exponential, load_rows, store_rows
+from .._products import dot, dot_add
+from .tiles import exponential, load_rows, store_rows
 
 
 @triton.jit

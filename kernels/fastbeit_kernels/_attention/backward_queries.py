@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._products import dot, dot_add
 from .forward import query_block
-from .tiles import dot, dot_add, exponential, load_keys, load_rows, score_tile, store_rows
+from .tiles import exponential, load_keys, load_rows, score_tile, store_rows
 
 
 @triton.jit

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot_add, exponential, load_keys, load_rows, score_tile, store_rows
+from .._products import dot_add
+from .tiles import exponential, load_keys, load_rows, score_tile, store_rows
 
 
 @triton.jit

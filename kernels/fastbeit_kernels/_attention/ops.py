@@ -14,14 +14,13 @@ Shapes: B images, T tokens, H heads, d head width; r is B, H or rows of the bias
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._operators import NAMESPACE, refuse_second_derivative
 from .run import bias_gradient_shape, reduce_bias_gradient, run_backward, run_forward
-
-NAMESPACE = __name__.rsplit(".", 2)[0].replace(".", "_")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_forward", mutates_args=())
@@ -189,14 +188,7 @@ def _packed_gradients(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Ten
 attention_packed_forward.register_autograd(_packed_gradients, setup_context=_save_packed)
 
 
-def _no_second_derivative(ctx: Any, *_grads: Tensor | None) -> NoReturn:
-    raise RuntimeError(
-        "attention has no second derivative on Triton; use impl='reference' for double backward"
-    )
-
-
-for _operator in (attention_backward, attention_packed_backward):
-    _operator.register_autograd(_no_second_derivative)
+refuse_second_derivative("attention", attention_backward, attention_packed_backward)
 
 
 def _readable(bias: Tensor | None, dtype: torch.dtype, keys: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What the attention kernels share: the matrix product, loads of token rows, tiles of scores.
+"""What the attention kernels share: loads of token rows, tiles of scores.
 
 Shapes: q rows of queries, c columns of keys, w head width padded to a power of two.
 """
@@ -7,31 +7,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
-# Read where Triton reads it: when a kernel is defined.
-INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+from .._products import dot
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def dot(a, b):
-    """a @ b into fp32; fp32 operands are never rounded to tf32.
-
-    The interpreter multiplies the bit patterns of bf16 (triton#11584), so there operands are
-    widened first.
-    """
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def dot_add(a, b, sum):
-    """sum + a @ b, under the same rules as :func:`dot`."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision="ieee")
-    return tl.dot(a, b, sum, input_precision="ieee")
 
 
 @triton.jit

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._dispatch import on_device
 from .._launch import Launch
+from .._operators import NAMESPACE, refuse_second_derivative
 from . import kernels
 
-NAMESPACE = __name__.rsplit(".", 2)[0].replace(".", "_")
 COLUMNS = 256
 PLACES = 128
 WARPS = 4
@@ -135,14 +135,7 @@ def _table_gradient(ctx: Any, dbias: Tensor) -> tuple[Tensor, None, None, None]:
 expand_forward.register_autograd(_table_gradient, setup_context=_save)
 
 
-def _no_second_derivative(ctx: Any, *_grads: Tensor | None) -> NoReturn:
-    raise RuntimeError(
-        "expand_rel_pos_bias has no second derivative on Triton; use impl='reference' for double "
-        "backward"
-    )
-
-
-expand_backward.register_autograd(_no_second_derivative)
+refuse_second_derivative("expand_rel_pos_bias", expand_backward)
 
 
 def expand_rel_pos_bias(table: Tensor, index: Tensor, grid: tuple[int, int] | None) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from .._attention import arguments
 from .._configs import AttentionConfig, Tile, attention_config
 from .._launch import Launch
-from .._launches import Record, Shape
+from .._launches import Record
+from .._launches.attention import Shape
 
 PARTS = ("forward", "queries", "keys")
 # Programs of the dK/dV kernel for each multiprocessor of the GPU that is tuned on. What is printed

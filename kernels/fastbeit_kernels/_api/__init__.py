@@ -1,0 +1,1 @@
+"""The public functions: arguments checked, implementation chosen. One module an operation."""

@@ -1,0 +1,1 @@
+"""The masked loss of a linear head in Triton."""

@@ -1,0 +1,1 @@
+"""The embedding of patches in Triton."""

@@ -1,0 +1,1 @@
+"""Residual, LayerScale, DropPath and LayerNorm in Triton."""

@@ -1,0 +1,1 @@
+"""The argmax of a linear head in Triton."""
