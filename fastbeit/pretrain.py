@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from fastbeit.training.cost import mfu_meter
 from fastbeit.training.finish import finish_run
 from fastbeit.training.optimizer import build_optimizer, optimizer_tensors, set_lr
 from fastbeit.training.schedule import cosine_schedule
-from fastbeit.training.step import TrainStep, Window
+from fastbeit.training.step import TrainStep, Window, phase
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         distributed.stop()
 
 
-def train(config: PretrainConfig, world: distributed.World) -> int:
-    """Run or resume ``config`` on the ranks of ``world``; returns the exit code."""
+def train(
+    config: PretrainConfig, world: distributed.World, after_step: Callable[[], None] = lambda: None
+) -> int:
+    """Run or resume ``config``; the exit code. What ``after_step`` raises ends the run unsaved."""
     # 1. Data, tokenizer, and what follows from them. Wrong input ends here, before any GPU work.
     run_dir = config.run_dir
     lock = setup.lock_run(run_dir, world)  # held until this function returns
@@ -198,6 +200,7 @@ def train(config: PretrainConfig, world: distributed.World) -> int:
             window.add(result)
             finished = step + 1
             recent.append((step, feed.sample_ids))
+            after_step()
 
             if window.streak_if_ready() >= config.run.nonfinite_limit:
                 vote.ask(control.EXIT_NONFINITE)
@@ -292,7 +295,8 @@ class Feed:
         for _ in range(accumulation):
             self._watchdog.at(step, "loading")
             before_s = time.perf_counter()
-            batch = next(self._batches)
+            with phase("load"):
+                batch = next(self._batches)
             self._waited_s += time.perf_counter() - before_s
             self._watchdog.at(step, "computing")
             self.sample_ids += batch.index.tolist()
