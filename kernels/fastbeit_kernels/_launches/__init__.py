@@ -21,6 +21,7 @@ __all__ = ["Record", "launches"]
 
 def launches(family: str) -> list[Record]:
     """All launches on a GPU of a family (``_configs.family_of``)."""
-    from . import attention, rel_pos_bias
+    from . import attention, linear_argmax, rel_pos_bias
 
-    return [record for part in (attention, rel_pos_bias) for record in part.records(family)]
+    parts = (attention, rel_pos_bias, linear_argmax)
+    return [record for part in parts for record in part.records(family)]
