@@ -260,3 +260,46 @@ def embed_patches(
         patches_BND = torch.where(masked_BT[:, 1:, None], mask_token, patches_BND)
     tokens_BTD = torch.cat((cls_token.expand(batch, 1, width), patches_BND), dim=1)
     return tokens_BTD if pos_embed is None else tokens_BTD + pos_embed
+
+
+def conv2d_channels_last(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    gain: float = 1.0,
+    relu_input: bool = False,
+    relu_output: bool = False,
+) -> Tensor:
+    """What follows the convolution is done in its own result, which nobody else holds."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(F.relu(x) if relu_input else x, weight, bias, padding=weight.shape[-1] // 2)
+        y = y.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            torch.add(residual, y, alpha=gain, out=y)
+        elif gain != 1.0:
+            y.mul_(gain)
+        return y.relu_() if relu_output else y
+
+
+def conv2d_pointwise_channels_last(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    gain: float = 1.0,
+    relu_output: bool = False,
+) -> Tensor:
+    hidden = conv2d_channels_last(x, weight, bias, relu_output=True)
+    return conv2d_channels_last(
+        hidden,
+        pointwise_weight,
+        pointwise_bias,
+        residual=residual,
+        gain=gain,
+        relu_output=relu_output,
+    )

@@ -1,0 +1,1 @@
+"""Convolutions in channels-last memory, for inference, in Triton."""

@@ -1,0 +1,152 @@
+"""From tensors to launches of the convolution kernels; the compile report makes the same ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._configs import family_of
+from .._launch import Launch
+from . import kernels
+from .configs import CONVOLUTION, ConvConfig, ConvTile
+
+
+def padded_to_power_of_two(channels: int) -> int:
+    """16 at least, the shortest side of a tensor-core product."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def config_of(x: Tensor, family: str | None = None) -> ConvConfig:
+    """Launch choices for x's device (or GPU family) and dtype.
+
+    The interpreter has no registers to run out of: it takes a Hopper's 16-bit tiles for any dtype.
+    """
+    bits = x.element_size() * 8
+    if family is None and x.device.type == "cpu":
+        family, bits = "sm_90", 16
+    elif family is None:
+        family = family_of(torch.cuda.get_device_capability(x.device))
+    return CONVOLUTION[family, bits]
+
+
+def conv_tile(config: ConvConfig, channels: int, outputs: int) -> ConvTile:
+    tile = config.narrow if outputs <= 64 else config.wide
+    return _fitted(tile, channels, outputs)
+
+
+def fused_tile(config: ConvConfig, channels: int, hidden: int, outputs: int) -> ConvTile:
+    tile = config.fused if hidden <= 64 else config.fused_wide
+    return _fitted(tile, channels, outputs)
+
+
+def _fitted(tile: ConvTile, channels: int, outputs: int) -> ConvTile:
+    """No wider than the tensors, padded."""
+    return ConvTile(
+        tile.pixels,
+        min(tile.outputs, padded_to_power_of_two(outputs)),
+        min(tile.depth, padded_to_power_of_two(channels)),
+        tile.warps,
+        tile.stages,
+    )
+
+
+def _strides(name: str, tensor_BCHW: Tensor | None) -> dict[str, int]:
+    image, _, row, column = (0, 0, 0, 0) if tensor_BCHW is None else tensor_BCHW.stride()
+    return {f"{name}_image": image, f"{name}_row": row, f"{name}_column": column}
+
+
+def pixel_tiles(x: Tensor, tile: ConvTile) -> int:
+    return -(-x.shape[0] * x.shape[2] * x.shape[3] // tile.pixels)
+
+
+def _shared(
+    x: Tensor, residual: Tensor | None, out: Tensor, gain: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants of both kernels. Absent tensors need a pointer all the same."""
+    images, channels, height, width = x.shape
+    arguments = {
+        "input_ptr": x,
+        "residual_ptr": x if residual is None else residual,
+        "out_ptr": out,
+        **_strides("input", x),
+        **_strides("residual", residual),
+        "images": images,
+        "height": height,
+        "width": width,
+        "gain": gain,
+    }
+    constants = {
+        "CHANNELS": channels,
+        "OUTPUTS": out.shape[1],
+        "RESIDUAL": residual is not None,
+    }
+    return arguments, constants
+
+
+def conv_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    gain: float,
+    relu_input: bool,
+    relu_output: bool,
+    config: ConvConfig,
+) -> Launch:
+    """x, weight, residual channels-last ([B, C, H, W], [O, C, k, k], [B, O, H, W]), out dense."""
+    tile = conv_tile(config, x.shape[1], weight.shape[0])
+    arguments, constants = _shared(x, residual, out, gain)
+    arguments |= {"filter_ptr": weight, "bias_ptr": weight if bias is None else bias}
+    constants |= {
+        "SIDE": weight.shape[-1],
+        "BIAS": bias is not None,
+        "RELU_INPUT": relu_input,
+        "RELU_OUTPUT": relu_output,
+        "PIXELS": tile.pixels,
+        "TILE_OUTPUTS": tile.outputs,
+        "DEPTH": tile.depth,
+    }
+    grid = pixel_tiles(x, tile) * -(-weight.shape[0] // tile.outputs)
+    return Launch(kernels.conv, arguments, constants, grid, tile.warps, tile.stages)
+
+
+def conv_pointwise_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    *,
+    gain: float,
+    relu_output: bool,
+    config: ConvConfig,
+) -> Launch:
+    """As above; pointwise_weight [O, hidden, 1, 1]."""
+    hidden = weight.shape[0]
+    tile = fused_tile(config, x.shape[1], hidden, pointwise_weight.shape[0])
+    arguments, constants = _shared(x, residual, out, gain)
+    arguments |= {
+        "filter_ptr": weight,
+        "bias_ptr": weight if bias is None else bias,
+        "pointwise_ptr": pointwise_weight,
+        "pointwise_bias_ptr": weight if pointwise_bias is None else pointwise_bias,
+    }
+    constants |= {
+        "HIDDEN": hidden,
+        "SIDE": weight.shape[-1],
+        "BIAS": bias is not None,
+        "POINTWISE_BIAS": pointwise_bias is not None,
+        "RELU_OUTPUT": relu_output,
+        "PIXELS": tile.pixels,
+        "PADDED_HIDDEN": padded_to_power_of_two(hidden),
+        "TILE_OUTPUTS": tile.outputs,
+        "DEPTH": tile.depth,
+    }
+    grid = pixel_tiles(x, tile)
+    return Launch(kernels.conv_pointwise, arguments, constants, grid, tile.warps, tile.stages)
