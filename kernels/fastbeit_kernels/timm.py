@@ -38,12 +38,13 @@ _LAYER_NORMS = (layers.LayerNorm, nn.LayerNorm)
 
 
 def apply(model: nn.Module, *, impl: Impl = "auto") -> _adapt.Report:
-    """Put the kernels into ``model``, in place. What was replaced and what wasn't, and why.
+    """Put the kernels into ``model``, in place: what was replaced, what wasn't, and why.
 
     A model that has them already is refused with ValueError (``restore`` it first, also to change
-    ``impl``), as is one in which nothing can be replaced. ``impl`` is that of the public functions:
-    "auto" takes the kernels where a GPU has shown them right and faster. Before FSDP's or DDP's
-    wrapping, and before ``torch.compile``.
+    ``impl``), as is one in which nothing can be replaced. A warning names what looks like
+    attention, a norm or a block and was left. ``impl`` is that of the public functions: "auto"
+    takes the kernels where a GPU has shown them right and faster. To be called before FSDP, DDP
+    and ``torch.compile``.
     """
     return _adapt.take_over(model, impl, _TABLE, library="timm")
 
