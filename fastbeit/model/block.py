@@ -5,15 +5,17 @@ Shapes: B batch, T tokens, M mask slots, D width, H heads, d head width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbeit.model.backends import AUTO, Backends
 from fastbeit.model.config import BeitConfig
 from fastbeit.model.positions import relative_index, relative_rows
 from fastbeit_kernels import (
+    Impl,
     attention,
     attention_packed,
     expand_rel_pos_bias,
@@ -60,11 +62,48 @@ def gather_rows(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
     return x_BTD.gather(1, index)
 
 
+class Pending(NamedTuple):
+    """A branch that the residual stream has yet to take in: the next norm adds it, in one pass.
+
+    branch_BTD ``[B, T, D]``; gamma_D ``[D]`` LayerScale and drop_scale_B ``[B]`` DropPath, or None.
+    """
+
+    branch_BTD: Tensor
+    gamma_D: Tensor | None
+    drop_scale_B: Tensor | None
+
+
+def add(x_BTD: Tensor, pending: Pending | None, impl: Impl) -> Tensor:
+    """The residual stream with what it still lacks."""
+    if pending is None:
+        return x_BTD
+    branch, gamma, drop_scale = pending
+    return scale_residual(x_BTD, branch, gamma=gamma, drop_scale=drop_scale, impl=impl)
+
+
+def add_and_norm(
+    norm: nn.LayerNorm, x_BTD: Tensor, pending: Pending | None, impl: Impl
+) -> tuple[Tensor, Tensor]:
+    """:func:`add`, and the LayerNorm of the sum."""
+    branch, gamma, drop_scale = (None, None, None) if pending is None else pending
+    return scale_residual_layer_norm(
+        x_BTD,
+        branch,
+        weight=norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
+        gamma=gamma,
+        drop_scale=drop_scale,
+        impl=impl,
+    )
+
+
 class Attention(nn.Module):
     relative_position_index: Tensor
 
-    def __init__(self, config: BeitConfig) -> None:
+    def __init__(self, config: BeitConfig, backends: Backends = AUTO) -> None:
         super().__init__()
+        self.backends = backends
         width = config.width
         self.heads = config.heads
         self.grid = config.grid
@@ -83,20 +122,24 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, bias_HTT: Tensor | None, rows_BM: Tensor | None = None
     ) -> Tensor:
+        impl = self.backends.kernels
         if self.relative_position_bias_table is not None:
             bias_HTT = expand_rel_pos_bias(
-                self.relative_position_bias_table, self.relative_position_index, grid=self.grid
+                self.relative_position_bias_table,
+                self.relative_position_index,
+                grid=self.grid,
+                impl=impl,
             )
         if rows_BM is None:
             qkv_BT3Hd = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
-            return self.proj(attention_packed(qkv_BT3Hd, bias_HTT).flatten(2))
+            return self.proj(attention_packed(qkv_BT3Hd, bias_HTT, impl=impl).flatten(2))
         width = x_BTD.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.packed_bias()
         q = F.linear(gather_rows(x_BTD, rows_BM), weight[:width], bias[:width])
         kv = F.linear(x_BTD, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
         q_BMHd = q.unflatten(-1, (self.heads, -1))
         k_BTHd, v_BTHd = kv.unbind(2)
-        out = attention(q_BMHd, k_BTHd, v_BTHd, bias_HTT, query_positions=rows_BM)
+        out = attention(q_BMHd, k_BTHd, v_BTHd, bias_HTT, query_positions=rows_BM, impl=impl)
         return self.proj(out.flatten(2))
 
 
@@ -113,10 +156,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """``x + DropPath(gamma_1 * attention(norm1(x)))``, then the same with the MLP."""
 
-    def __init__(self, config: BeitConfig) -> None:
+    def __init__(self, config: BeitConfig, backends: Backends = AUTO) -> None:
         super().__init__()
+        self.backends = backends
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, backends)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config)
         scaled = config.layer_scale is not None
@@ -129,7 +173,10 @@ class Block(nn.Module):
         bias_HTT: Tensor | None = None,
         drop_scale_B2: Tensor | None = None,
         rows_BM: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        pending: Pending | None = None,
+        defer: bool = False,
+    ) -> Tensor | tuple[Tensor, Pending]:
         """One block.
 
         Args:
@@ -138,25 +185,24 @@ class Block(nn.Module):
             drop_scale_B2: ``[B, 2]`` DropPath factors of attention and MLP, or None.
             rows_BM: ``[B, M]`` tokens asked for, -1 in empty slots. Keys and values still cover all
                 tokens; queries, attention rows, projection and MLP only these.
+            pending: what the block before left to add to x_BTD.
+            defer: leave the MLP's branch to the next norm in the same way. Exact.
 
         Returns:
-            ``[B, T, D]``; with rows_BM ``[B, M, D]``, where rows of empty slots mean nothing.
+            ``[B, T, D]``; with rows_BM ``[B, M, D]``, where rows of empty slots mean nothing. With
+            defer the stream before the MLP's branch, and the branch.
         """
+        impl = self.backends.kernels
         drop_attn, drop_mlp = (None, None) if drop_scale_B2 is None else drop_scale_B2.unbind(1)
-        norm1, norm2 = self.norm1, self.norm2
-        x, normed = scale_residual_layer_norm(
-            x_BTD, None, weight=norm1.weight, bias=norm1.bias, eps=norm1.eps
-        )
-        branch = self.attn(normed, bias_HTT, rows_BM)
+        x, normed = add_and_norm(self.norm1, x_BTD, pending, impl)
+        attended = self.attn(normed, bias_HTT, rows_BM)
         if rows_BM is not None:
             x = gather_rows(x, rows_BM)
-        x, normed = scale_residual_layer_norm(
-            x,
-            branch,
-            weight=norm2.weight,
-            bias=norm2.bias,
-            eps=norm2.eps,
-            gamma=self.gamma_1,
-            drop_scale=drop_attn,
-        )
-        return scale_residual(x, self.mlp(normed), gamma=self.gamma_2, drop_scale=drop_mlp)
+        x, normed = add_and_norm(self.norm2, x, Pending(attended, self.gamma_1, drop_attn), impl)
+        branch, gamma = self.mlp(normed), self.gamma_2
+        if not defer:
+            return add(x, Pending(branch, gamma, drop_mlp), impl)
+        # Sharding frees a unit's parameters before the next unit runs: gamma leaves as a copy. And
+        # it warns of views; a linear layer's output is one of [B * T, D] that nobody else holds.
+        branch = torch.ops.aten._unsafe_view(branch, branch.shape)
+        return x, Pending(branch, None if gamma is None else gamma.clone(), drop_mlp)

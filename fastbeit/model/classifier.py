@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastbeit.model.backends import AUTO, Backends
 from fastbeit.model.config import BeitConfig
 from fastbeit.model.encoder import BeitEncoder
 
@@ -19,12 +20,14 @@ class BeitClassifier(BeitEncoder):
 
     Args:
         config: the architecture.
-        seed: as for ``BeitForMim``.
+        seed, backends: as for ``BeitForMim``.
     """
 
-    def __init__(self, config: BeitConfig, seed: int | None = None) -> None:
+    def __init__(
+        self, config: BeitConfig, seed: int | None = None, *, backends: Backends = AUTO
+    ) -> None:
         with torch.random.fork_rng(devices=[]):  # the modules' own start values are overwritten
-            super().__init__(config)
+            super().__init__(config, backends)
             self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
             self.head = nn.Linear(config.width, config.num_classes)
         self._initialise(seed)

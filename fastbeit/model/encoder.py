@@ -12,23 +12,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastbeit.model.block import Block, PackedQkv
+from fastbeit.model.backends import AUTO, Backends
+from fastbeit.model.block import Block, PackedQkv, Pending, add
 from fastbeit.model.config import BeitConfig
 from fastbeit.model.positions import RelativePositionBias
+from fastbeit_kernels import embed_patches
 
 INIT_STD = 0.02
 
 
 class PatchEmbed(nn.Module):
-    """Image ``[B, C, h, w]``, any memory format → ``[B, N, D]``, patches in raster order."""
+    """The projection of patches, under its official name; :meth:`BeitEncoder.embed` applies it."""
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__()
         patch = config.patch_size
         self.proj = nn.Conv2d(config.in_channels, config.width, kernel_size=patch, stride=patch)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class BeitEncoder(nn.Module):
@@ -36,9 +35,10 @@ class BeitEncoder(nn.Module):
 
     mask_token: nn.Parameter | None
 
-    def __init__(self, config: BeitConfig) -> None:
+    def __init__(self, config: BeitConfig, backends: Backends = AUTO) -> None:
         super().__init__()
         self.config = config
+        self.backends = backends
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.register_parameter("mask_token", None)
@@ -48,11 +48,11 @@ class BeitEncoder(nn.Module):
             else None
         )
         self.rel_pos_bias = (
-            RelativePositionBias(config.grid, config.heads)
+            RelativePositionBias(config.grid, config.heads, backends)
             if config.position == "relative"
             else None
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, backends) for _ in range(config.depth))
 
     @property
     def rel_pos(self) -> RelativePositionBias | None:
@@ -68,18 +68,21 @@ class BeitEncoder(nn.Module):
                 f"images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}; "
                 "resize them or build the model with another image_size or in_channels"
             )
-        patches = self.patch_embed(images)
         if positions is not None:
             if self.mask_token is None:
                 raise ValueError(f"{type(self).__name__} has no mask token: positions must be None")
             self._check_positions(images, positions)
-            # Column 0 stands for CLS and collects the empty slots; no patch is touched by them.
-            masked_BT = torch.zeros(
-                images.shape[0], config.tokens, dtype=torch.bool, device=images.device
-            ).scatter(1, positions.long() + 1, True)
-            patches = torch.where(masked_BT[:, 1:, None], self.mask_token, patches)
-        x = torch.cat((self.cls_token.expand(images.shape[0], -1, -1), patches), dim=1)
-        return x if self.pos_embed is None else x + self.pos_embed
+        projection = self.patch_embed.proj
+        return embed_patches(
+            images,
+            projection.weight,
+            projection.bias,
+            self.cls_token.flatten(),
+            positions=positions,
+            mask_token=None if self.mask_token is None else self.mask_token.flatten(),
+            pos_embed=None if self.pos_embed is None else self.pos_embed[0],
+            impl=self.backends.kernels,
+        )
 
     @staticmethod
     def _check_positions(images: Tensor, positions: Tensor) -> None:
@@ -114,21 +117,35 @@ class BeitEncoder(nn.Module):
         Returns:
             ``[B, T, D]``, or ``[B, M, D]`` with last_rows.
         """
+        x, pending = self._run_blocks(images, positions, drop_scale, last_rows, collect)
+        return add(x, pending, self.backends.kernels)
+
+    def _run_blocks(
+        self,
+        images: Tensor,
+        positions: Tensor | None,
+        drop_scale: Tensor | None,
+        last_rows: Tensor | None,
+        collect: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Pending | None]:
+        """:meth:`encode`, with the last branch left to whoever adds it and takes a norm at once."""
         depth = self.config.depth
         if drop_scale is not None and tuple(drop_scale.shape) != (images.shape[0], 2 * depth):
             raise ValueError(
                 f"drop_scale must be [B, 2 * depth] = [{images.shape[0]}, {2 * depth}], "
                 f"got {list(drop_scale.shape)}"
             )
-        x = self.embed(images, positions)
+        x, pending = self.embed(images, positions), None
         bias_HTT = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for number, block in enumerate(self.blocks):
             drop = None if drop_scale is None else drop_scale[:, 2 * number : 2 * number + 2]
             rows = last_rows if number == depth - 1 else None
-            x = block(x, bias_HTT, drop, rows)
-            if collect is not None:
+            if collect is None:
+                x, pending = block(x, bias_HTT, drop, rows, pending=pending, defer=True)
+            else:
+                x = block(x, bias_HTT, drop, rows)
                 collect.append(x)
-        return x
+        return x, pending
 
     def layer_features(self, images: Tensor) -> list[Tensor]:
         """Output of each block, before the last norm: ``depth`` tensors ``[B, T, D]``."""

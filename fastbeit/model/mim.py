@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbeit.model.backends import AUTO, Backends
+from fastbeit.model.block import Pending, add_and_norm, gather_rows
 from fastbeit.model.config import BeitConfig
 from fastbeit.model.encoder import BeitEncoder
-from fastbeit_kernels import MimLoss, masked_linear_cross_entropy, scale_residual_layer_norm
+from fastbeit_kernels import MimLoss, masked_linear_cross_entropy
 
 
 class BeitForMim(BeitEncoder):
@@ -21,11 +23,14 @@ class BeitForMim(BeitEncoder):
         config: the architecture.
         seed: start values come from a generator of this seed, the same on every device; None takes
             PyTorch's global generator.
+        backends: which implementation each operation takes.
     """
 
-    def __init__(self, config: BeitConfig, seed: int | None = None) -> None:
+    def __init__(
+        self, config: BeitConfig, seed: int | None = None, *, backends: Backends = AUTO
+    ) -> None:
         with torch.random.fork_rng(devices=[]):  # the modules' own start values are overwritten
-            super().__init__(config)
+            super().__init__(config, backends)
             self.mask_token = nn.Parameter(torch.empty(1, 1, config.width))
             self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
             self.lm_head = nn.Linear(config.width, config.vocab_size)
@@ -68,7 +73,12 @@ class BeitForMim(BeitEncoder):
         hidden = self._masked_rows(images, positions, drop_scale, prune)
         targets = torch.where(positions >= 0, targets, -1)
         return masked_linear_cross_entropy(
-            hidden, None, self.lm_head.weight, self.lm_head.bias, targets
+            hidden,
+            None,
+            self.lm_head.weight,
+            self.lm_head.bias,
+            targets,
+            impl=self.backends.kernels,
         )
 
     def _masked_rows(
@@ -76,20 +86,13 @@ class BeitForMim(BeitEncoder):
     ) -> Tensor:
         """``[B, M, D]`` after the last norm; rows of empty slots mean nothing."""
         rows = torch.where(positions >= 0, positions + 1, -1)  # CLS is token 0
-        last_rows = rows if prune else None
-        x = self.encode(images, positions, drop_scale=drop_scale, last_rows=last_rows)
-        x = self._last_norm(x)
-        if prune:
-            return x
-        index = rows.clamp(min=0).long()[..., None].expand(-1, -1, x.shape[-1])
-        return x.gather(1, index)
+        x, pending = self._run_blocks(images, positions, drop_scale, rows if prune else None)
+        normed = self._last_norm(x, pending)
+        return normed if prune else gather_rows(normed, rows)
 
     def features(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
         """``[B, T, D]`` after the last norm, CLS first; ``positions [B, M]`` masked if given."""
-        return self._last_norm(self.encode(images, positions))
+        return self._last_norm(*self._run_blocks(images, positions, None, None))
 
-    def _last_norm(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        return scale_residual_layer_norm(x, None, weight=norm.weight, bias=norm.bias, eps=norm.eps)[
-            1
-        ]
+    def _last_norm(self, x: Tensor, pending: Pending | None) -> Tensor:
+        return add_and_norm(self.norm, x, pending, self.backends.kernels)[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastbeit.model.backends import AUTO, Backends
 from fastbeit_kernels import expand_rel_pos_bias
 
 
@@ -44,13 +45,17 @@ class RelativePositionBias(nn.Module):
 
     relative_position_index: Tensor
 
-    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+    def __init__(self, grid: tuple[int, int], heads: int, backends: Backends = AUTO) -> None:
         super().__init__()
+        self.backends = backends
         self.grid = grid
         self.relative_position_bias_table = nn.Parameter(torch.zeros(relative_rows(grid), heads))
         self.register_buffer("relative_position_index", relative_index(grid), persistent=False)
 
     def forward(self) -> Tensor:
         return expand_rel_pos_bias(
-            self.relative_position_bias_table, self.relative_position_index, grid=self.grid
+            self.relative_position_bias_table,
+            self.relative_position_index,
+            grid=self.grid,
+            impl=self.backends.kernels,
         )

@@ -37,7 +37,9 @@ def test_a_run_leaves_weights_metrics_summary_and_report(run):
 
 @pytest.mark.parametrize("shard", ["none", "zero3", "hybrid"])
 def test_every_sharding_trains_alike(run, other_run, shard):
+    # Four blocks are two units: what one leaves to the other must outlive its parameters.
     flags = ["--steps=5", "--model.position=relative", "--model.layer-scale=0.1"]
+    flags += ["--model.depth=4"]
     run.finish(*flags, ranks=2)
     other_run.finish(*flags, f"--shard={shard}", ranks=2)
     assert other_run.losses == pytest.approx(run.losses, rel=1e-5)
