@@ -21,6 +21,7 @@ from torch import Tensor
 from fastbeit.tokenizer.diagnose import HOW_TO_GET, what_is
 from fastbeit.tokenizer.dvae import Decoder, DvaeConfig, Encoder
 from fastbeit.tokenizer.tokenizer import Tokenizer
+from fastbeit_kernels import Impl
 
 FORMAT = "fastbeit.tokenizer"
 DEMO_PATH = Path(__file__).parent / "demo.safetensors"
@@ -33,6 +34,7 @@ def load_tokenizer(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    impl: Impl = "auto",
 ) -> Tokenizer:
     """A frozen tokenizer, its weights cast once to ``dtype``, channels-last, on ``device``.
 
@@ -40,6 +42,7 @@ def load_tokenizer(
         name_or_path: "demo" (shipped: 28 px grey images, 256 codes), "dall-e" (the published one,
             converted by you: found at $FASTBEIT_TOKENIZER, else in the cache folder), or the path
             of a file that ``fastbeit.tokenizer.convert`` or ``.train`` wrote.
+        impl: kernels of this instance's ``encode``, as ``Tokenizer`` has it; ``describe`` tells.
 
     Raises:
         ValueError: no such file (with what to do), or a file that is not a whole tokenizer.
@@ -55,7 +58,7 @@ def load_tokenizer(
                 f"no tokenizer at {path}: expected 'dall-e', 'demo' or the path of a file written "
                 "by python -m fastbeit.tokenizer.convert or .train"
             )
-    tokenizer = read_tokenizer(path)
+    tokenizer = read_tokenizer(path, impl=impl)
     if name_or_path == "dall-e" and tokenizer.config != DALL_E:
         raise ValueError(
             f"{path} is a tokenizer, but not DALL-E's ({tokenizer.vocab_size} codes, "
@@ -89,7 +92,7 @@ def _find_dall_e() -> Path:
     return path
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path, *, impl: Impl = "auto") -> Tokenizer:
     """The tokenizer in a file of this module's format, float32 on the CPU. ValueError if not so."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -130,7 +133,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             part = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             network.load_state_dict(part, assign=True)
     origin = {**origin, "sha256": digest, "path": str(path)}
-    return Tokenizer(encoder, decoder, origin=origin)
+    return Tokenizer(encoder, decoder, origin=origin, impl=impl)
 
 
 def save_tokenizer(

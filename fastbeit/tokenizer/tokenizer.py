@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastbeit.tokenizer import inference
 from fastbeit.tokenizer.dvae import Decoder, DvaeConfig, Encoder
-from fastbeit_kernels import linear_argmax
+from fastbeit_kernels import Impl, linear_argmax
 
 
 class Tokenizer(nn.Module):
@@ -22,6 +23,8 @@ class Tokenizer(nn.Module):
             pixels x in [0, 1].
         resample: filter of the view it was trained on.
         origin: where the weights come from, free text and hashes, for ``describe``.
+        impl: of the kernels that ``encode`` runs on (see ``inference``): "auto", "triton" (the
+            blocks of a frozen table and the head; an error where Triton can't run) or "reference".
     """
 
     def __init__(
@@ -30,8 +33,12 @@ class Tokenizer(nn.Module):
         decoder: Decoder | None = None,
         *,
         origin: dict[str, Any] | None = None,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
+        if impl not in get_args(Impl):
+            raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+        self.impl: Impl = impl
         self.encoder = encoder
         self.decoder = decoder
         self.config: DvaeConfig = encoder.config
@@ -69,14 +76,14 @@ class Tokenizer(nn.Module):
             ValueError: wrong rank, colours, or a size that is no multiple of the stride.
         """
         self._check_images(token_images)
-        weight = self.encoder.head.w
-        images = token_images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        dtype = self.encoder.head.w.dtype
+        images = token_images.to(dtype).contiguous(memory_format=torch.channels_last)
         # In channels-last memory this permutation is a view, and rows are contiguous.
-        rows_BND = self.encoder.features(images).permute(0, 2, 3, 1).flatten(1, 2)
+        features = inference.features(self.encoder, images, self.impl)
+        rows_BND = features.permute(0, 2, 3, 1).flatten(1, 2)
         batch, tokens, width = rows_BND.shape
         if positions is None:
-            codes = linear_argmax(rows_BND.reshape(-1, width), weight[:, :, 0, 0], self._bias())
-            return codes.view(batch, tokens)
+            return self._codes(rows_BND.reshape(-1, width)).view(batch, tokens)
         if positions.ndim != 2 or positions.shape[0] != batch:
             raise ValueError(
                 f"positions must be [B, M] with B = {batch}, got {tuple(positions.shape)}"
@@ -86,8 +93,7 @@ class Tokenizer(nn.Module):
         rows = rows_BND.reshape(-1, width).index_select(
             0, (slots.clamp(min=0) + first_row).flatten()
         )
-        codes = linear_argmax(rows, weight[:, :, 0, 0], self._bias()).view(slots.shape)
-        return torch.where(slots >= 0, codes, -1)
+        return torch.where(slots >= 0, self._codes(rows).view(slots.shape), -1)
 
     @torch.no_grad()
     def logits(self, token_images: Tensor) -> Tensor:
@@ -139,11 +145,13 @@ class Tokenizer(nn.Module):
             "encoder_parameters": sum(p.numel() for p in self.encoder.parameters()),
             "has_decoder": self.decoder is not None,
             "config": self.config.to_dict(),
+            "kernels": inference.chosen(self.encoder, self.impl),
             **self.origin,
         }
 
-    def _bias(self) -> Tensor:
-        return self.encoder.head.b
+    def _codes(self, rows_RD: Tensor) -> Tensor:
+        head = self.encoder.head
+        return linear_argmax(rows_RD, head.w[:, :, 0, 0], head.b, impl=self.impl)
 
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.channels or not images.is_floating_point():
