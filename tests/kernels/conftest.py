@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
+
+# adapted.py, peer_models.py
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 REPORTS = (
     # (targets, dtypes): every 16-bit kernel of training on all targets, the others on one.
