@@ -105,7 +105,7 @@ def _refuse(module: nn.Module, dropout: float, arguments: dict[str, Any]) -> Non
     config = getattr(module, "config", None)
     arguments.setdefault("output_attentions", getattr(config, "output_attentions", False))
     for name in _UNKNOWN:
-        if arguments.get(name) not in (None, False):
+        if arguments.get(name) is not None and arguments[name] is not False:
             raise ValueError(
                 f"{type(module).__name__} was called with {name}, which the kernels don't have; "
                 "transformers' own eager attention has it"
