@@ -21,12 +21,15 @@ class Tile:
     Chained products lay all warps along the rows of the result (queries in the forward and dQ
     kernels, keys in the dK/dV kernel), 16 rows a warp, so 64 rows take 4 warps and 128 rows 8;
     with more warps than that, the same tile would be computed twice.
+
+    ``maxnreg``: the most registers a thread may have; None leaves it to the compiler.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,17 @@ class AttentionConfig:
 
 
 # Registers and spills, BEiT-B's heads with bias, bf16, Triton 3.7.1.
-#   sm_90: forward 132, dQ 189, dK/dV 255, no spills. 128 rows read keys and values half as often as
-#   64 do, and L2 is what binds. 264 programs are two rounds of the H100's 132 multiprocessors.
-HOPPER = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 264)
+#   sm_90: forward 117, dQ 189, dK/dV 231, no spills. 128 rows read keys and values half as often as
+#   64 do, and L2 is what binds. Left alone, the forward takes 132 registers, 144 for a subset of
+#   queries, and a multiprocessor holds one block; under 128 it holds two, and the loop is the same
+#   409 instructions. dQ would spill 24 bytes. 264 programs are two rounds of the H100's 132
+#   multiprocessors.
+HOPPER = AttentionConfig(Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 264)
 HOPPER_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 264)
-#   sm_100: with two stages the forward without bias needs 8 bytes of stack; with three none, and
-#   120 registers (128 with bias). 296 programs are two rounds of the B200's 148 multiprocessors.
-BLACKWELL = AttentionConfig(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 296)
+#   sm_100: forward 122, dQ 119, dK/dV 254. By blocks of 64 keys the forward needs 8 to 16 bytes of
+#   stack in one call or another, with two stages or three, with Triton 3.6.0, 3.7.1 and 3.9.0; by
+#   32 it needs none. 296 programs are two rounds of the B200's 148 multiprocessors.
+BLACKWELL = AttentionConfig(Tile(128, 32, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 296)
 BLACKWELL_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 296)
 #   sm_80: forward 160, dQ 168, dK/dV 247, no spills; 64 keys by 32 queries would spill. 216
 #   programs are what the A100's 108 multiprocessors hold at once.

@@ -59,15 +59,14 @@ def compile_one(arch: str, number: int) -> Compiled:
 
     target = target_of(arch)
     record = launches(target.family)[number]
-    launch = record.launch
-    return compile_source(record.source_arguments(), launch.warps, launch.stages, target)[0]
+    return compile_source(record.source_arguments(), record.launch.options(), target)[0]
 
 
 def same_code(record: Record) -> str:
     """Equal for launches that compile to the same code on one target."""
     source = record.source_arguments()
     parts = (source["signature"], source["constexprs"], source["attrs"])
-    return repr((record.launch.kernel.__name__, parts, record.launch.warps, record.launch.stages))
+    return repr((record.launch.kernel.__name__, parts, record.launch.options()))
 
 
 def report(

@@ -86,8 +86,9 @@ def compiled(kernel, target, warps=4, stages=2, element="bf16", unaligned=(), **
         "constexprs": {(kernel.arg_names.index(n),): value for n, value in constants.items()},
         "attrs": attributes,
     }
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     target = target if isinstance(target, Target) else target_of(target)
-    found, _ = compile_source(arguments, warps, stages, target)
+    found, _ = compile_source(arguments, options, target)
     return {**dataclasses.asdict(found), "breaches": breaches(found, target)}
 
 

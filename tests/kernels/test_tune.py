@@ -9,14 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastbeit_kernels import _configs, tune
+from fastbeit_kernels import _configs
 from fastbeit_kernels._configs import AttentionConfig, Tile, attention_config
 from fastbeit_kernels._launches.attention import Shape
+from fastbeit_kernels._tune import search
 from fastbeit_kernels._tune.candidates import PARTS, launches_of, make_problem, tiles, with_tile
 from fastbeit_kernels._tune.timing import Timing, summary
 
 SMALL = Shape("small", 3, 2, 17, 17, 16)
-MACHINE = tune.Machine("Stand-in GPU", "sm_90", "sm_90", 10)
+MACHINE = search.Machine("Stand-in GPU", "sm_90", "sm_90", 10)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU on the CPU"),
@@ -30,6 +31,8 @@ def test_candidates(family, bits) -> None:
         found = tiles(part, family, bits, 64)
         assert found[0] == getattr(attention_config(family, bits, 64), part)
         assert len(found) == len(set(found)) >= 18
+        capped = {tile.maxnreg for tile in found[1:]} - {None}
+        assert capped == ({128} if bits == 16 and part != "keys" else set())
         for tile in found[1:] if bits == 16 else ():
             along = tile.columns if part == "keys" else tile.rows
             assert along == 16 * tile.warps or (family, along, tile.warps) == ("sm_100", 128, 4)
@@ -65,7 +68,7 @@ def stand_in_timer(contestants, seconds):
     timings = []
     contestants[-1][-1]()
     for calls in contestants:
-        assert len(calls) == tune.INPUT_SETS
+        assert len(calls) == search.INPUT_SETS
         launches = calls[0].args[0]
         sizes = launches[0].constants
         ms = sizes["ROWS"] * sizes["COLUMNS"] / 1000 + launches[0].warps / 1e5
@@ -76,8 +79,8 @@ def stand_in_timer(contestants, seconds):
 
 
 def run_tune(monkeypatch, capsys) -> tuple[AttentionConfig, str]:
-    monkeypatch.setattr(tune, "tiles", small_candidates)
-    config = tune.tune(
+    monkeypatch.setattr(search, "tiles", small_candidates)
+    config = search.tune(
         MACHINE, SMALL, torch.float32, "cpu",
         seconds=0.1, workers=1, timer=stand_in_timer, compiler=stand_in_compiler,
     )  # fmt: skip
@@ -100,7 +103,7 @@ def test_the_fastest_that_is_sound_and_right_is_chosen(monkeypatch, capsys) -> N
 
 def test_a_wrong_candidate_is_not_timed(monkeypatch, capsys) -> None:
     """As a miscompiled one would be: fast and wrong."""
-    right = tune.results
+    right = search.results
 
     def results(part, problem, config):
         found = right(part, problem, config)
@@ -108,7 +111,7 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch, capsys) -> None:
             found[-1].view(-1)[5] = float("nan") if part == "forward" else found[-1].max() * 2
         return found
 
-    monkeypatch.setattr(tune, "results", results)
+    monkeypatch.setattr(search, "results", results)
     config, said = run_tune(monkeypatch, capsys)
     assert (config.forward, config.queries, config.keys) == (Tile(16, 32, 2, 1),) * 3
     assert said.count("Tile(16, 16, 1, 1): WRONG") == 3
@@ -118,8 +121,8 @@ def test_nothing_left_keeps_the_frozen_choice(monkeypatch, capsys) -> None:
     def refuse(jobs, workers):
         return ((job, ["does not compile: PTXASError"]) for job in jobs)
 
-    monkeypatch.setattr(tune, "tiles", small_candidates)
-    config = tune.tune(
+    monkeypatch.setattr(search, "tiles", small_candidates)
+    config = search.tune(
         MACHINE, SMALL, torch.float32, "cpu",
         seconds=0.1, workers=1, timer=stand_in_timer, compiler=refuse,
     )  # fmt: skip
@@ -130,8 +133,9 @@ def test_nothing_left_keeps_the_frozen_choice(monkeypatch, capsys) -> None:
 
 
 def test_what_is_printed_is_an_entry() -> None:
-    config = AttentionConfig(Tile(1, 2, 3, 4), Tile(5, 6, 7, 8), Tile(9, 10, 11, 12), 13, 'a "b"')
-    text = tune.entry("sm_90", 16, 64, config)
+    tiles = Tile(1, 2, 3, 4, 128), Tile(5, 6, 7, 8), Tile(9, 10, 11, 12)
+    config = AttentionConfig(*tiles, 13, 'a "b"')
+    text = search.entry("sm_90", 16, 64, config)
     names = {"AttentionConfig": AttentionConfig, "Tile": Tile}
     assert eval("{\n" + text + "\n}", names) == {("sm_90", 16, 64): config}
     assert set(eval("{\n" + text + "\n}", names)) <= set(_configs.ATTENTION)
@@ -167,6 +171,26 @@ def test_without_a_gpu_it_says_so(run_python, compile_environment) -> None:
     assert "tune: TRITON_INTERPRET is set" in done.stderr
     done = run_python(*command, "--dtype", "int8", env=environment, expect=2)
     assert "--dtype must be of bf16, fp16, fp32, got int8" in done.stderr
+    done = run_python(*command, "--list", "--arch", "sm_75", env=environment, expect=2)
+    assert "arch must be one of sm_80" in done.stderr and "got 'sm_75'" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "tune"])
+def test_without_triton_both_commands_say_so(run_python, compile_environment, command) -> None:
+    """As where it was never installed: no module of that name can be found."""
+    code = (
+        "import sys\n"
+        "class Nowhere:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'triton':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Nowhere())\n"
+        "import runpy\n"
+        f"sys.argv = ['{command}']\n"
+        f"runpy.run_module('fastbeit_kernels.{command}', run_name='__main__')\n"
+    )
+    done = run_python("-c", code, env=compile_environment, expect=2)
+    assert f"{command}: triton is not installed; pip install triton" in done.stderr
 
 
 PRUNE = """
@@ -179,7 +203,7 @@ from fastbeit_kernels._launches.attention import TRAINING
 from fastbeit_kernels._tune.candidates import Job, compile_as_launched, compile_jobs
 
 if __name__ == "__main__":
-    tiles = [Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(128, 128, 4, 2)]
+    tiles = [Tile(128, 64, 8, 2, 128), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2, 64)]
     jobs = [Job("sm_90", "forward", TRAINING[0], torch.bfloat16, tile) for tile in tiles]
     against = [found for _, found in compile_jobs(jobs, 1)]
     same = []
@@ -188,7 +212,7 @@ if __name__ == "__main__":
         for record in launches(target.family)[:3]:
             launch = record.launch
             arguments = record.source_arguments()
-            read = compile_source(arguments, launch.warps, launch.stages, target)[1]
+            read = compile_source(arguments, launch.options(), target)[1]
             launched = compile_as_launched(launch, target.capability)
             same.append(read.asm["ptx"] == launched.asm["ptx"])
     print(json.dumps([against, same]))

@@ -79,7 +79,7 @@ def _blocks(tile: Tile, keys: int) -> dict[str, int]:
 def _launch(
     kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], grid: int, tile: Tile
 ) -> Launch:
-    return Launch(kernel, arguments, constants, grid, tile.warps, tile.stages)
+    return Launch(kernel, arguments, constants, grid, tile.warps, tile.stages, tile.maxnreg)
 
 
 def _row_programs(q: Tensor, tile: Tile) -> int:

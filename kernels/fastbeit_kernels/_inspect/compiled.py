@@ -81,14 +81,14 @@ class Compiled:
 
 
 def compile_source(
-    arguments: dict[str, Any], warps: int, stages: int, target: Target
+    arguments: dict[str, Any], options: dict[str, Any], target: Target
 ) -> tuple[Compiled, Any]:
     """Compile for ``target``; the second result is Triton's kernel, with its ``asm``.
 
     Args:
         arguments: of ``triton.compiler.ASTSource``.
+        options: as a launch gives them (``Launch.options``).
     """
-    options = {"num_warps": warps, "num_stages": stages}
     kernel = triton.compile(
         ASTSource(**arguments), target=GPUTarget("cuda", target.capability, WARP), options=options
     )

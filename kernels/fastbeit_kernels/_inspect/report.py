@@ -75,6 +75,7 @@ class Row:
             "dtype": record.dtype,
             "blocks": record.launch.grid,
             "stages": record.launch.stages,
+            "maxnreg": record.launch.maxnreg,
             "constants": record.launch.constants,
             **dataclasses.asdict(self.compiled),
             "occupancy": self.compiled.blocks_per_sm

@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ PARTS = ("forward", "queries", "keys")
 # Programs of the dK/dV kernel for each multiprocessor of the GPU that is tuned on. What is printed
 # and frozen is the product, a number.
 PROGRAMS_PER_SM = (1, 2, 3, 4)
+# Registers of a thread by which a multiprocessor holds two blocks of eight warps, or four of four.
+# The kernel of the keys is far above.
+CAPPED = {"forward": (None, 128), "queries": (None, 128), "keys": (None,)}
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def tiles(part: str, family: str, bits: int, width: int) -> list[Tile]:
             warps.add(4)
         for columns in across:
             for count in sorted(warps):
-                for stages in (1, 2, 3):
+                for stages, cap in product((1, 2, 3), CAPPED[part] if bits == 16 else (None,)):
                     sides = (columns, rows) if part == "keys" else (rows, columns)
-                    tile = Tile(*sides, count, stages)
+                    tile = Tile(*sides, count, stages, cap)
                     if tile != current:
                         found.append(tile)
     return found
@@ -159,11 +163,7 @@ def compile_as_launched(launch: Launch, capability: int) -> object:
 
     driver.set_active(StandInDriver(capability))  # pyright: ignore[reportArgumentType]
     return launch.kernel.warmup(
-        **launch.arguments,
-        **launch.constants,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        grid=(launch.grid,),
+        **launch.arguments, **launch.constants, **launch.options(), grid=(launch.grid,)
     )
 
 
