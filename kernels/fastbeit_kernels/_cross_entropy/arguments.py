@@ -16,13 +16,18 @@ from . import configs, rows, sums, tiled_rows, whole_rows
 from .configs import LossConfig
 
 
-def config_of(device: torch.device, family: str | None = None) -> LossConfig:
-    """Launch choices for a device (or a GPU family); the interpreter takes a Hopper's."""
-    if family is None and device.type == "cpu":
-        family = "sm_90"
+def config_of(hidden: Tensor, family: str | None = None) -> LossConfig:
+    """Launch choices for hidden's device (or GPU family) and dtype.
+
+    The interpreter takes those of a Hopper's 16-bit kernels for any dtype, so that they are what
+    is checked.
+    """
+    bits = hidden.element_size() * 8
+    if family is None and hidden.device.type == "cpu":
+        family, bits = "sm_90", 16
     elif family is None:
-        family = family_of(torch.cuda.get_device_capability(device))
-    return configs.LOSS[family]
+        family = family_of(torch.cuda.get_device_capability(hidden.device))
+    return configs.LOSS[family, bits]
 
 
 def row_length(classes: int) -> int:
@@ -51,8 +56,10 @@ def _whole_tile(classes: int) -> tuple[int, int, int]:
 
 def loss_programs(config: LossConfig, total: int, classes: int) -> int:
     """Partial losses: a frozen function of shapes and configuration."""
-    together = _whole_tile(classes)[1] if is_whole(config, classes) else 1
-    return min(config.programs, _blocks(total, together))
+    if not is_whole(config, classes):
+        return min(config.programs, total)
+    _, together, warps = _whole_tile(classes)
+    return min(config.programs * max(1, 8 // warps), _blocks(total, together))
 
 
 def dbias_partials(config: LossConfig, total: int, classes: int) -> int:
@@ -126,8 +133,13 @@ def scatter_launch(
     return Launch(rows.scatter_rows, arguments, constants, grid, configs.ROW_WARPS, 1)
 
 
-def _flags(bias: Tensor | None, smoothing: float, gradient: bool) -> dict[str, Any]:
-    return {"BIAS": bias is not None, "SMOOTHED": smoothing > 0, "GRADIENT": gradient}
+def _flags(logits: Tensor, bias: Tensor | None, smoothing: float, gradient: bool) -> dict[str, Any]:
+    return {
+        "BIAS": bias is not None,
+        "SMOOTHED": smoothing > 0,
+        "GRADIENT": gradient,
+        "EXACT": logits.dtype == torch.float32,
+    }
 
 
 def whole_launch(
@@ -147,6 +159,8 @@ def whole_launch(
     padded, together, warps = _whole_tile(classes)
     arguments = {
         "logits_ptr": logits,
+        # The same memory, read element by element: apart, as the report wants rows read wide.
+        "logit_ptr": logits,
         "bias_ptr": logits if bias is None else bias,
         "labels_ptr": labels,
         "losses_ptr": losses,
@@ -160,12 +174,13 @@ def whole_launch(
         "PADDED": padded,
         "ROW": row,
         "ROWS": together,
-        **_flags(bias, smoothing, gradient),
+        **_flags(logits, bias, smoothing, gradient),
         "BIAS_GRADIENT": dbias is not None,
-        "STAGES": config.stages,
     }
     grid = loss_programs(config, total, classes)
-    return Launch(whole_rows.loss_whole_rows, arguments, constants, grid, warps, config.stages)
+    # Narrow rows are not worth a cap: their tiles hold more besides the rows.
+    cap = config.maxnreg if together == 1 else None
+    return Launch(whole_rows.loss_whole_rows, arguments, constants, grid, warps, 1, cap)
 
 
 def first_launch(
@@ -195,7 +210,7 @@ def first_launch(
         "CLASSES": classes,
         "ROW": row,
         "BLOCK": configs.FIRST_BLOCK,
-        **_flags(bias, smoothing, scales is not None),
+        **_flags(logits, bias, smoothing, scales is not None),
         "STAGES": configs.FIRST_STAGES,
     }
     grid = loss_programs(config, total, classes)
@@ -238,7 +253,7 @@ def second_launch(
         "ROW": row,
         "BLOCK": configs.SECOND_BLOCK,
         "ROWS": configs.SECOND_ROWS,
-        **_flags(bias, smoothing, gradient),
+        **_flags(logits, bias, smoothing, gradient),
         "BIAS_GRADIENT": dbias is not None,
     }
     grid = pieces * _blocks(classes, configs.SECOND_BLOCK)

@@ -1,7 +1,7 @@
-"""Launch choices of the masked loss as frozen data, one entry a GPU family.
+"""Launch choices of the masked loss as frozen data, one entry a GPU family and element size.
 
-``source`` as in ``_configs.py``. Programs are a frozen number too, because each keeps sums of its
-own: they decide in which order a sum is taken.
+``source`` as in ``_configs.py``. Numbers of programs are frozen too: each keeps sums of its own, so
+they decide in which order a sum is taken.
 """
 
 from __future__ import annotations
@@ -13,39 +13,49 @@ from .._configs import COMPILED
 
 @dataclass(frozen=True)
 class LossConfig:
-    """``whole_row``: most classes, padded to a power of two, of a row that lies in registers.
+    """``whole_row``: the most classes, padded to a power of two, whose row lies in registers.
 
+    ``maxnreg``: cap on the registers of a thread there, so that two blocks of 256 threads share a
+    multiprocessor; None where the code doesn't fit under it.
     ``programs``: pieces that the rows are cut into, at most, and so partial results of the loss
-    and of dbias (V fp32 numbers each, written and read once more).
-    ``stages``: rows in flight to shared memory, the one that is computed included.
-    ``pieces``: the same as programs for the second pass over tiled rows, which has as many programs
-    for each block of classes.
+    and, of whole rows, of dbias (V fp32 numbers each, written and read once more). Where a program
+    has fewer warps than 8 there are as many programs more.
+    ``pieces``: the same for dbias of longer rows, which has as many programs a block of classes.
     """
 
     programs: int
     whole_row: int
-    stages: int
+    maxnreg: int | None
     pieces: int
     source: str = COMPILED
 
 
-HOPPER = LossConfig(programs=264, whole_row=16384, stages=2, pieces=16)
-BLACKWELL = LossConfig(programs=296, whole_row=16384, stages=2, pieces=16)
-AMPERE = LossConfig(programs=216, whole_row=16384, stages=2, pieces=16)
+# Programs are two rounds of the multiprocessors of an H100 (132), a B200 (148), an A100 (108). With
+# 16,384 classes a block has 512 threads, and so 128 registers each, cap or not.
+HOPPER = LossConfig(programs=264, whole_row=16384, maxnreg=128, pieces=16)
+HOPPER_FP32 = LossConfig(programs=264, whole_row=8192, maxnreg=None, pieces=16)
+# sm_100: 128 registers spill, by 8 bytes. One block at a time, then.
+BLACKWELL = LossConfig(programs=296, whole_row=8192, maxnreg=None, pieces=16)
+AMPERE = LossConfig(programs=216, whole_row=16384, maxnreg=128, pieces=16)
+AMPERE_FP32 = LossConfig(programs=216, whole_row=8192, maxnreg=None, pieces=16)
 
-LOSS: dict[str, LossConfig] = {
-    "sm_80": AMPERE,
-    "sm_86": AMPERE,
-    "sm_90": HOPPER,
-    "sm_100": BLACKWELL,
+LOSS: dict[tuple[str, int], LossConfig] = {
+    (family, bits): config
+    for family, half, single in (
+        ("sm_80", AMPERE, AMPERE_FP32),
+        ("sm_86", AMPERE, AMPERE_FP32),
+        ("sm_90", HOPPER, HOPPER_FP32),
+        ("sm_100", BLACKWELL, BLACKWELL),
+    )
+    for bits, config in ((16, half), (32, single))
 }
 
 # The same for every family.
-# Elements of a row that a thread holds: 32, four loads of 16 bytes at 16 bits.
+# Elements of a whole row that a thread holds: four loads of 16 bytes at 16 bits.
 WHOLE_ELEMENTS = 32
 # Narrow rows are taken together until a tile has this many elements, or this many rows.
-WHOLE_TILE, WHOLE_ROWS = 4096, 16
-# First and second pass over tiled rows: classes of a block, rows of it, warps.
+WHOLE_TILE, WHOLE_ROWS = 2048, 4
+# First and second pass over longer rows: classes of a block, rows of it, warps, stages.
 FIRST_BLOCK, FIRST_WARPS, FIRST_STAGES = 4096, 8, 3
 SECOND_BLOCK, SECOND_ROWS, SECOND_WARPS = 1024, 4, 4
 # Gather and scatter: rows and columns of a tile, slots looked through at a time, warps.

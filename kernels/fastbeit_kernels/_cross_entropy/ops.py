@@ -2,9 +2,9 @@
 
 The forward computes the gradient with the loss, while the logits are on chip, and returns it with
 the matrix of masked rows: autograd keeps these until the backward. They are made only where a
-gradient is wanted, which the caller sees and the operator is told. The logits belong to the forward,
-so that writing the gradient over them is nobody's concern, and the backward writes over nothing: it
-may run twice.
+gradient is wanted, which the caller sees and the operator is told. The logits belong to the
+forward, so that writing the gradient over them is nobody's concern, and the backward writes over
+nothing: it may run twice.
 """
 
 from __future__ import annotations

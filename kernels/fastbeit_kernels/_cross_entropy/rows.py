@@ -3,10 +3,11 @@
     gather    rows[b M + m] = hidden[b, positions[b, m]], zero where the slot is empty
     scatter   dhidden[b, t] = factor * Σ product[b M + m] over the slots m that name t, m ascending
 
-A slot is empty where its position or its target is negative. The gather also writes down what later
-kernels need to know of each slot: ``labels`` (the target, V if it is V or more, -1 if the slot is
-empty) and ``sources`` (the row of hidden, -1 if the slot is empty). A position that no row has gives
-a row of NaN: nothing is read or written out of bounds, and nobody takes the loss for a good one.
+A slot is empty where its position or its target is negative. The gather also writes down what
+later kernels need to know of each slot: ``labels`` (the target, V if it is V or more, -1 if the
+slot is empty) and ``sources`` (the row of hidden, -1 if the slot is empty). A position that no row
+has gives a row of NaN: nothing is read or written out of bounds, and nobody takes the loss for a
+good one.
 
 Nothing is scattered with atomics: a program owns rows of the result and looks through the slots.
 
@@ -51,12 +52,12 @@ def gather_rows(
     source = slot
     filled = inside
     if POSITIONS:
-        pointers = positions_ptr + image * positions_image + slot * positions_slot
-        source = tl.load(pointers, mask=inside, other=0).to(tl.int64)
+        position = positions_ptr + image * positions_image + slot * positions_slot
+        source = tl.load(position, mask=inside, other=0).to(tl.int64)
         filled = inside & (source >= 0)
     # Behind an empty slot the target is not even read.
-    pointers = targets_ptr + image * targets_image + slot * targets_slot
-    target = tl.load(pointers, mask=filled, other=0).to(tl.int64)
+    target = targets_ptr + image * targets_image + slot * targets_slot
+    target = tl.load(target, mask=filled, other=0).to(tl.int64)
     filled = filled & (target >= 0)
     label = tl.where(filled, tl.minimum(target, classes), -1)
     tl.store(labels_ptr + rows, label.to(tl.int32), mask=inside)

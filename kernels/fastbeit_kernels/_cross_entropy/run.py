@@ -70,7 +70,7 @@ def run_forward(
     sources = out.sources if wants[0] else made.sources
     logits = out.gradient if needs_gradient else made.gradient
     labels = torch.empty(total, dtype=torch.int32, device=hidden.device)
-    config = arguments.config_of(hidden.device)
+    config = arguments.config_of(hidden)
     programs = arguments.loss_programs(config, total, classes)
     losses = torch.empty(programs, dtype=torch.float32, device=hidden.device)
     counts = torch.empty(2, programs, dtype=torch.int32, device=hidden.device)
@@ -79,6 +79,7 @@ def run_forward(
         dbias = out.dbias
         shape = (arguments.dbias_partials(config, total, classes), dbias.numel())
         partials = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    bias = _readable(bias)
     with on_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         arguments.gather_launch(hidden, positions, targets, rows, labels, sources, classes).run()
         torch.mm(rows, weight.t(), out=logits[:, :classes])
@@ -102,6 +103,15 @@ def run_forward(
             losses, counts, partials, out.loss, out.correct, out.count, dbias
         ).run()
     return out
+
+
+def _readable(bias: Tensor | None) -> Tensor | None:
+    """In one piece and, as rows of logits, whole groups of 8 long; a copy only where it must be."""
+    if bias is None or (bias.is_contiguous() and bias.numel() % 8 == 0):
+        return bias
+    memory = torch.empty(arguments.row_length(bias.numel()), dtype=bias.dtype, device=bias.device)
+    memory[: bias.numel()] = bias
+    return memory
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

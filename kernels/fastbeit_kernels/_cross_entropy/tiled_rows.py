@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._attention.tiles import exponential
 from .whole_rows import piece_of, reciprocal, row_gradient, row_nats
 
 
@@ -27,7 +28,8 @@ def load_logits(
         there = there & (columns < ROW)[None, :]
     x = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
     if BIAS:
-        x += tl.load(bias_ptr + columns, mask=columns < CLASSES, other=0.0).to(tl.float32)
+        in_memory = (columns < ROW)[None, :]
+        x += tl.load(bias_ptr + columns[None, :], mask=in_memory, other=0.0).to(tl.float32)
     if CLASSES % BLOCK != 0:
         x = tl.where((columns < CLASSES)[None, :], x, float("-inf"))
     return x, pointers, there
@@ -49,6 +51,7 @@ def loss_tiled_rows(
     BIAS: tl.constexpr,
     SMOOTHED: tl.constexpr,
     GRADIENT: tl.constexpr,
+    EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A piece of the rows, one after another. GRADIENT: max x and 1 / z go to ``scales [R, 2]``."""
@@ -70,12 +73,13 @@ def loss_tiled_rows(
                 logits_ptr, bias_ptr, rows, rows < last, columns, CLASSES, ROW, BLOCK, BIAS
             )
             block_largest = tl.max(x, 1)
-            # Only a larger logit moves the best class: the lowest index of equals stays.
-            block_best = tl.min(tl.where(x == block_largest[:, None], columns[None, :], CLASSES), 1)
-            best = tl.where(block_largest > largest, block_best, best)
+            if tl.max((block_largest > largest).to(tl.int32), 0) > 0:
+                # Only a larger logit moves the best class: of equals the lowest stays.
+                best = tl.min(tl.where(x == block_largest[:, None], columns[None, :], CLASSES), 1)
             new = tl.maximum(largest, block_largest)
             safe = tl.where(new == float("-inf"), 0.0, new)
-            z = z * tl.exp(largest - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
+            z = z * exponential(largest, safe, EXACT)
+            z += tl.sum(exponential(x, safe[:, None], EXACT), 1)
             largest = new
             if SMOOTHED:
                 if CLASSES % BLOCK != 0:
@@ -88,7 +92,7 @@ def loss_tiled_rows(
         mean_gap = sums / CLASSES - largest
         loss = row_nats(z, x_label - largest, mean_gap, label, smoothing, CLASSES, SMOOTHED)
         nats += loss.to(tl.float64)
-        correct += (known & (best == label) & (loss == loss)).to(tl.int32)
+        correct += (known & (best == label) & (x_label == largest)).to(tl.int32)
         count += (label >= 0).to(tl.int32)
         if GRADIENT:
             tl.store(scales_ptr + 2 * rows.to(tl.int64), largest)
@@ -117,6 +121,7 @@ def gradient_tiles(
     SMOOTHED: tl.constexpr,
     GRADIENT: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """BLOCK classes of one of ``pieces`` pieces of the rows; its sum is one partial of dbias."""
     piece = (tl.program_id(0) % pieces).to(tl.int64)
@@ -134,7 +139,7 @@ def gradient_tiles(
         x, pointers, there = load_logits(  # pyright: ignore[reportGeneralTypeIssues]
             logits_ptr, bias_ptr, rows, inside, columns, CLASSES, ROW, BLOCK, BIAS
         )
-        powers = tl.exp(x - largest[:, None])
+        powers = exponential(x, largest[:, None], EXACT)
         g = row_gradient(powers, inverse, label, columns, smoothing, CLASSES, SMOOTHED)
         if BIAS_GRADIENT:
             # Rows past the last have only the bias for logits: no bound on their powers.
