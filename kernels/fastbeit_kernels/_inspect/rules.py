@@ -10,7 +10,10 @@ from .targets import REGISTERS_PER_THREAD, Target
 HALVES = ("bf16 ", "f16 ")
 # Tensors of [.., T, H, d], whose head rows lie in one piece: 16 bytes a thread, or something in
 # the kernel's addressing is wrong.
-WIDE = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "w_ptr")
+WIDE = (
+    *("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "w_ptr"),
+    *("x_ptr", "branch_ptr", "y_ptr", "dy_ptr", "dnormed_ptr", "partials_ptr"),
+)
 ALWAYS_READ = ("q_ptr", "k_ptr", "v_ptr", "w_ptr")
 LOAD_BYTES = 16
 

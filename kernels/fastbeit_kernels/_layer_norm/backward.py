@@ -16,6 +16,10 @@ What nobody asked for is neither read nor computed: DX, DBRANCH, DGAMMA, DWEIGHT
 gradients wanted, DY and NORM the gradients that came (of y, of normed).
 """
 
+# Triton's functions have no types, and its tuples grow by + alone.
+# ruff: noqa: RUF005
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

@@ -1,8 +1,19 @@
-"""Launch choices of the row kernels as frozen data, one entry a GPU family and element size.
+"""Launch choices of the row kernels as frozen data, one entry a GPU family.
 
-Both kernels are bound by memory, so what counts is how many bytes are on their way at any time. An
-H100 has 3.35 TB/s of sheet bandwidth and about 1 us from request to use under load: 25 KB a
-multiprocessor, read and written together.
+Both kernels are bound by memory: what counts is how many bytes a multiprocessor has on their way.
+With a latency of 1 us under load (an assumption, as none was measured) full bandwidth takes 25 KB
+of them on an H100, 19 on an A100, 54 on a B200, what is written included. BEiT-B in bf16, registers
+as compiled by Triton 3.7.1:
+
+    forward   one row a warp, 24 elements a thread, 62 registers: 32 warps on a multiprocessor,
+              whose x and branch are 96 KB on their way (57 registers and 108 KB on an A100)
+    backward  three sums and two vectors beside the row: 235 registers (sm_90), 242 (sm_80), 202
+              (sm_100), so 8 warps with 24 KB of rows in registers, too few alone: two more
+              tiles of four tensors come by asynchronous copies, 96 KB on their way
+
+BEiT-L is 1024 wide. Forward one row a warp still fits (32 elements, 68 registers, 28 warps, 112
+KB); backward it would not (two sums and a vector more than 255 registers), so two warps share a
+row: 16 elements, 168 registers, 8 warps launched of 12 that fit, 64 KB on their way.
 """
 
 from __future__ import annotations
@@ -13,7 +24,8 @@ from .._configs import COMPILED
 
 WARP = 32
 LOAD_BYTES = 16
-MOST_WARPS = 32
+MOST_WARPS = 16
+KIB = 1024
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,14 @@ class RowTile:
     warps: int
 
 
-KIB = 1024
-# Registers and blocks a multiprocessor, BEiT-B, bf16 with fp32 parameters, Triton 3.7.1.
-FORWARD = Rows(elements=40, warps=4)
-HOPPER = LayerNormConfig(FORWARD, Rows(elements=24, warps=4), 264, 3, 100 * KIB)
-BLACKWELL = LayerNormConfig(FORWARD, Rows(elements=24, warps=4), 296, 3, 100 * KIB)
-AMPERE = LayerNormConfig(FORWARD, Rows(elements=24, warps=4), 216, 3, 72 * KIB)
-ADA = LayerNormConfig(FORWARD, Rows(elements=24, warps=4), 256, 3, 48 * KIB)
+# 40 elements: 1280 columns by one warp, 74 registers. 24: 72 registers for the sums and 48 for the
+# vectors leave no room for more. Programs are two to a multiprocessor (132, 148, 108; 128 of an RTX
+# 4090), and what they prefetch is what two of them find there.
+FORWARD, BACKWARD = Rows(elements=40, warps=4), Rows(elements=24, warps=4)
+HOPPER = LayerNormConfig(FORWARD, BACKWARD, programs=264, stages=3, prefetch_bytes=100 * KIB)
+BLACKWELL = LayerNormConfig(FORWARD, BACKWARD, programs=296, stages=3, prefetch_bytes=100 * KIB)
+AMPERE = LayerNormConfig(FORWARD, BACKWARD, programs=216, stages=3, prefetch_bytes=72 * KIB)
+ADA = LayerNormConfig(FORWARD, BACKWARD, programs=256, stages=3, prefetch_bytes=48 * KIB)
 
 LAYER_NORM: dict[str, LayerNormConfig] = {
     "sm_80": AMPERE,

@@ -10,6 +10,9 @@ written again), GAMMA, DROP, NORM (else y alone), BIAS. Rows: the tokens of all 
 image; x and branch may have any constant distance between tokens and between images.
 """
 
+# Triton's functions have no types.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

@@ -61,9 +61,7 @@ def norm_forward(
 
 
 @norm_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return like(x), *_fake_statistics(x)
 
 
@@ -204,9 +202,7 @@ def _residual_norm_gradients(
     return dx, dbranch, dweight, dbias, None, dgamma, None
 
 
-residual_norm_forward.register_autograd(
-    _residual_norm_gradients, setup_context=_save_residual_norm
-)
+residual_norm_forward.register_autograd(_residual_norm_gradients, setup_context=_save_residual_norm)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -6,6 +6,10 @@ ROWS rows. Shapes: r rows of the tile, c columns of a piece. A name that ends in
 of PIECES tiles [r, c] in fp32, one that ends in ``_r`` has a number for each row.
 """
 
+# Triton's functions have no types, and its tuples grow by + alone.
+# ruff: noqa: RUF005
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

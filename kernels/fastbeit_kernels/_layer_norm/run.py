@@ -78,13 +78,13 @@ def run_backward(
         None if tensor is None else rows_contiguous(tensor) for tensor in (dy, dnormed, y, branch)
     )
     found = gradients_like(came, x_dtype, branch_dtype, gamma_dtype, weight_dtype, bias_dtype)
-    dx, dbranch, *parameters = found
+    dx, dbranch, dgamma, dweight, dbias = found
     config = arguments.config_of(came)
     partials = None
-    wanted = [gradient for gradient in parameters if gradient is not None]
+    wanted = sum(gradient is not None for gradient in (dgamma, dweight, dbias))
     if wanted:
         tile = arguments.backward_tile(config, dy, dnormed, y, branch, dx, dbranch)
-        shape = arguments.partials_shape(config, tile, came, len(wanted))
+        shape = arguments.partials_shape(config, tile, came, wanted)
         partials = torch.empty(shape, dtype=torch.float32, device=came.device)
     launch = arguments.backward_launch(
         dy,
@@ -96,14 +96,18 @@ def run_backward(
         branch,
         vector(gamma),
         drop_scale,
-        *found,
+        dx,
+        dbranch,
+        dgamma,
+        dweight,
+        dbias,
         partials,
         config,
     )
     with on_device(came):
         launch.run()
         if partials is not None:
-            arguments.sum_launch(partials, *parameters).run()
+            arguments.sum_launch(partials, dgamma, dweight, dbias).run()
     return [gradient for gradient in found if gradient is not None]
 
 
