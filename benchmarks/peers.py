@@ -1,79 +1,69 @@
-"""Everyone who is timed: ours, and each peer that computes attention with an additive bias.
-
-``bias=False`` marks yardsticks, which do less work. Who takes a bias but refuses its gradient is
-found out by trying.
-"""
+"""What peers of every operation share: imports that may fail, and torch.compile."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
-from torch.nn.attention import SDPBackend
+import torch
+from torch import Tensor
 
-from benchmarks import forms
-from benchmarks.forms import Form
-from benchmarks.problems import Problem
-
-
-@dataclass(frozen=True)
-class Peer:
-    """``form(problem)`` builds the function to time. ``slow``: it compiles for many seconds."""
-
-    name: str
-    form: Callable[[Problem], Form]
-    bias: bool = True
-    slow: bool = False
-    ours: bool = False
-    operations: tuple[str, ...] = ("attention",)
+from benchmarks.call import Call, Function, Outputs
 
 
-ATTEND = ("attention", "rel_pos_attention")
-OURS = "fastbeit_kernels"
-FLASH2 = "SDPA flash (FlashAttention-2), no bias"
-PEERS = (
-    Peer(OURS, forms.ours("triton"), ours=True, operations=(*ATTEND, "expand")),
-    Peer(
-        FLASH2, forms.from_core(forms.sdpa_core(SDPBackend.FLASH_ATTENTION), bias=False), bias=False
-    ),
-    Peer(
-        "SDPA memory-efficient",
-        forms.from_core(forms.sdpa_core(SDPBackend.EFFICIENT_ATTENTION)),
-        operations=ATTEND,
-    ),
-    Peer(
-        "SDPA cuDNN",
-        forms.from_core(forms.sdpa_core(SDPBackend.CUDNN_ATTENTION)),
-        operations=ATTEND,
-    ),
-    Peer("SDPA math", forms.from_core(forms.sdpa_core(SDPBackend.MATH))),
-    Peer("eager PyTorch", forms.from_core(forms.eager_core), operations=ATTEND),
-    Peer(
-        "SDPA, PyTorch's choice (reference)",
-        forms.ours("reference"),
-        operations=("attention", "expand"),
-    ),
-    Peer("embedding", forms.expand_with(forms.expanded), operations=("expand",)),
-    Peer("indexing", forms.expand_with(forms.indexed), operations=("expand",)),
-    Peer("xformers", forms.xformers),
-    Peer("Transformer Engine cuDNN", forms.transformer_engine),
-    Peer("flash_attn, no bias", forms.flash_package("flash_attn"), bias=False),
-    Peer("flash_attn 3, no bias", forms.flash_package("flash_attn_interface"), bias=False),
-    Peer("FlexAttention, captured bias", forms.flex, slow=True, operations=ATTEND),
-    Peer(
-        "torch.compile max-autotune",
-        forms.compiled(forms.from_core(forms.eager_core)),
-        slow=True,
-        operations=ATTEND,
-    ),
-    Peer(
-        "torch.compile of embedding",
-        forms.compiled(forms.expand_with(forms.expanded)),
-        slow=True,
-        operations=("expand",),
-    ),
-)
+class Unavailable(RuntimeError):
+    """A peer that can't take part, with the reason for its row."""
 
 
-def peers_for(problem: Problem) -> tuple[Peer, ...]:
-    return tuple(peer for peer in PEERS if problem.operation in peer.operations)
+def imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken build may raise anything
+        raise Unavailable(f"import {module}: {type(error).__name__}: {error}") from error
+
+
+def plainly(function: Function) -> Callable[[Any], Function]:
+    """A form that is one function for every shape."""
+    return lambda _shape: function
+
+
+def compiler(device_type: str) -> Callable[[Callable[..., Any]], Any]:
+    """torch.compile as the peers get it. CUDA graphs are left out: the timer hides launch costs
+    from nobody, and a graph's outputs are overwritten by its next run."""
+    import torch._functorch.config as functorch_config
+
+    settings: Any = functorch_config
+    # A backward that is timed by itself runs many times on one saved graph.
+    settings.donated_buffer = False
+    # Every problem compiles the same Python functions again; beyond the limit they would be run
+    # uncompiled (fullgraph makes that an error).
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit = 1000
+    how: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"}
+    if device_type == "cpu":
+        how = {"backend": "aot_eager"}
+    return lambda function: torch.compile(function, fullgraph=True, dynamic=False, **how)
+
+
+def compiled(form: Callable[[Any], Function]) -> Callable[[Any], Function]:
+    """max-autotune of another form, from leaves to outputs."""
+
+    def build(shape: Any) -> Function:
+        plain = form(shape)
+        function = None
+
+        def flat(leaves: dict[str, Tensor], given: dict[str, Tensor]) -> Outputs:
+            # Gradients of outputs are no input of a forward.
+            return plain(Call(shape, leaves, given))
+
+        def run(call: Call) -> Outputs:
+            nonlocal function
+            if function is None:
+                device = next(iter({**call.leaves, **call.given}.values())).device
+                function = compiler(device.type)(flat)
+            return function(call.leaves, call.given)
+
+        return run
+
+    return build

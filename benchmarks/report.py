@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import problems
 from benchmarks.gpu.summary import number
-from benchmarks.gpu.verdict import TARGETS, latest_timings, verdicts
+from benchmarks.gpu.verdict import latest_timings, targets, verdicts
+from benchmarks.operation import PASSES, Problem
+from benchmarks.operations import OPERATIONS
 from benchmarks.results import ROOT, read_environment, read_rows, result_folders
 from benchmarks.roofline import Ceiling
 
@@ -54,7 +55,8 @@ def page(
     runs: Sequence[Run], plots: dict[str, list[str]], link: str = "../benchmarks/results"
 ) -> str:
     """The whole of docs/performance.md."""
-    parts = [_HEAD.format(command=COMMAND), _floors()]
+    passes = "; ".join(f"*{name}*, {told}" for name, told in PASSES.items())
+    parts = [_HEAD.format(command=COMMAND, passes=passes), _floors()]
     if not runs:
         parts += [_nothing_yet()]
     for run in runs:
@@ -75,41 +77,51 @@ python -m benchmarks.report
 ```
 
 It checks every operation against float64 on the device first, then times them interleaved with
-whoever else is installed (eager PyTorch, `torch.compile`, each backend of PyTorch's
-`scaled_dot_product_attention`, FlexAttention, xformers, Transformer Engine, FlashAttention), with
-CUDA events, inputs larger than L2 together, and random data. Times are the device's alone; the
-host's share of a call has its own column. All contestants start from the same leaves (packed qkv or
-q, k, v; an fp32 bias) and end at what the next layer reads; casts, paddings and copies that they
-need on the way are theirs."""
+whoever else is installed (eager PyTorch, `torch.compile`; for attention each backend of PyTorch's
+`scaled_dot_product_attention`, FlexAttention, xformers, Transformer Engine, FlashAttention; for the
+others Liger, Apple's Cut Cross-Entropy, quack, NVIDIA's apex), with CUDA events, inputs larger than
+L2 together, and random data. Times are the device's alone; the host's share of a call has its own
+column. All contestants start from the same leaves (packed qkv or q, k, v and an fp32 bias; the
+residual stream and a branch; the encoder's output; images) and end at what the next layer reads;
+casts, paddings and copies that they need on the way are theirs. Who does less work is shown as a
+yardstick, and says what it leaves out.
+
+Passes: {passes}."""
 
 
 def _floors() -> str:
     lines = [
         "## What the work takes at least",
         "",
-        "Counted, not measured: FLOPs of the formulas (two products forward, five backward), every "
-        "tensor moved once.",
+        "Counted, not measured: FLOPs of the formulas' products, every tensor moved once by one "
+        "perfect kernel.",
         f"The last column is at {SHEET.tflops:g} TFLOP/s and {SHEET.tb_per_s:g} TB/s.",
-        "",
-        "| problem | pass | B×H, queries×keys | GFLOP | MB | µs |",
-        "|---|---|---|---|---|---|",
     ]
-    for problem in problems.PROBLEMS:
-        for direction in ("forward", "backward"):
-            work = problem.work(direction)
-            lines.append(
-                f"| {problem.name} | {direction} | {problem.batch}×{problem.heads}, "
-                f"{problem.queries}×{problem.keys} | {work.flops / 1e9:.2f} "
-                f"| {work.bytes / 1e6:.1f} | {1e3 * SHEET.floor_ms(work):.1f} |"
-            )
+    for operation in OPERATIONS:
+        lines += [
+            "",
+            f"### {operation.name.capitalize()}",
+            "",
+            f"{operation.about}.",
+            "",
+            "| problem | pass | sizes | GFLOP | MB | µs |",
+            "|---|---|---|---|---|---|",
+        ]
+        for problem in operation.problems:
+            for direction in problem.passes:
+                work = problem.work(direction)
+                lines.append(
+                    f"| {problem.name} | {direction} | {problem.shape.describe()} "
+                    f"| {work.flops / 1e9:.2f} | {work.bytes / 1e6:.1f} "
+                    f"| {1e3 * SHEET.floor_ms(work):.1f} |"
+                )
     return "\n".join(lines)
 
 
 def _nothing_yet() -> str:
     lines = ["## Targets", "", "For one H100 SXM.", "", "| target | measured |", "|---|---|"]
-    lines += [f"| {target.name} | {NOT_MEASURED} |" for target in TARGETS]
-    lines.append(f"| faster with a trained bias than FlashAttention-2 without | {NOT_MEASURED} |")
-    lines.append(f"| ahead of every peer that does the same work | {NOT_MEASURED} |")
+    lines += [f"| {target.name} | {NOT_MEASURED} |" for target in targets()]
+    lines.append(f"| every operation ahead of every peer that does its work | {NOT_MEASURED} |")
     return "\n".join(lines)
 
 
@@ -135,9 +147,12 @@ def _of_run(run: Run, plots: Sequence[str], link: str) -> list[str]:
         )
     parts = ["\n".join(head), "\n".join(judged)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
-    for problem in problems.PROBLEMS:
-        parts.append(_problem_table(run, problem.name, link))
+    parts += [_problem_table(run, problem.name, link) for problem in all_problems()]
     return parts
+
+
+def all_problems() -> list[Problem]:
+    return [problem for operation in OPERATIONS for problem in operation.problems]
 
 
 def _problem_table(run: Run, problem: str, link: str) -> str:
@@ -153,7 +168,8 @@ def _problem_table(run: Run, problem: str, link: str) -> str:
         "| | pass | work | µs | p10–p90 | of the roofline | to the best peer |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(chosen, key=lambda row: (row["pass"] != "forward", row["ms"])):
+    order = list(PASSES)
+    for row in sorted(chosen, key=lambda row: (order.index(row["pass"]), row["ms"])):
         beside = " (beside slow peers)" if row["tier"] == "slow" and row["ours"] else ""
         lines.append(
             f"| {row['contestant']}{beside} | {row['pass']} | {row['work']} "
@@ -169,7 +185,7 @@ def slug(name: str) -> str:
 
 
 def draw_plots(run: Run, docs: Path) -> list[str]:
-    """An SVG a problem: microseconds of each contestant, forward and backward, and the floor.
+    """An SVG a problem: microseconds of each contestant in each pass, and the floor.
 
     Returns their paths relative to ``docs``; none where matplotlib is missing.
     """
@@ -179,14 +195,14 @@ def draw_plots(run: Run, docs: Path) -> list[str]:
 
     folder = docs / "performance" / run.folder.name
     drawn = []
-    for problem in problems.PROBLEMS:
+    for problem in all_problems():
         rows = [r for key, r in run.timings.items() if key[0] == problem.name]
         rows = [r for r in rows if r["tier"] == "quick" or not r["ours"]]
         if not rows:
             continue
         figure = Figure(figsize=(9, 4.5), layout="constrained")
-        for place, direction in enumerate(("forward", "backward"), start=1):
-            axes = figure.add_subplot(1, 2, place)
+        for place, direction in enumerate(problem.passes, start=1):
+            axes = figure.add_subplot(1, len(problem.passes), place)
             chosen = sorted((r for r in rows if r["pass"] == direction), key=lambda r: -r["ms"])
             axes.barh(
                 [row["contestant"] for row in chosen],

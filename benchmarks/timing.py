@@ -3,8 +3,8 @@
 A sample of a contestant is one call on each of several input sets (together larger than L2), with
 an event before and after. On a GPU a spinning kernel goes first, so that the host has queued the
 whole sample before the device begins it: what is measured is the device's time, not Python's. A
-sample whose queue ran dry is taken again behind a longer spin; if it still does, it is kept and
-marked.
+sample whose queue ran dry is taken again behind a longer spin; if it still does (calls that wait
+for the device always do), it is kept and marked.
 """
 
 from __future__ import annotations
@@ -119,10 +119,20 @@ class CudaTimer:
         self._spin = getattr(torch.cuda, "_sleep", None)
 
     def sample(self, calls: Sequence[Call]) -> Sample:
+        before_ms = self._spin_ms
+        first: Sample | None = None
         while True:
             taken = self._once(calls)
             if not taken.host_bound or self._spin_ms >= self.LONGEST_SPIN_MS or self._spin is None:
                 return taken
+            if first is not None:
+                longer_ms = (taken.host_ms - first.host_ms) * len(calls)
+                if longer_ms > 0.5 * (self._spin_ms - before_ms):
+                    # The host waited for the spin: these calls wait for the device by themselves,
+                    # and no spin gets ahead of them. The others needn't wait for a longer one.
+                    self._spin_ms = before_ms
+                    return first
+            first = first or taken
             # As long as this queueing took, and half as much again.
             wanted = max(2 * self._spin_ms, 1.5 * taken.host_ms * len(calls))
             self._spin_ms = min(wanted, self.LONGEST_SPIN_MS)

@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -130,14 +131,19 @@ class Run:
             ]
             print(f"{row['status']}: {', '.join(told)}: {row.get('reason', '')[:160]}", flush=True)
 
-    def pool(self, workers: int) -> Pool:
-        log = self.folder.path / "workers.log"
-        return Pool(workers, log, self.add, plan.on_lost(self.add), self.variables)
-
-    def work(self, tasks: list[Task], workers: int, until: float) -> None:
+    def work(
+        self,
+        tasks: list[Task],
+        workers: int,
+        until: float,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
         if not tasks:
             return
-        for task in self.pool(workers).run(tasks, until):
+        log = self.folder.path / "workers.log"
+        lost = plan.on_lost(self.add)
+        pool = Pool(workers, log, self.add, lost, self.variables, shares=shares or {})
+        for task in pool.run(tasks, until):
             self.add({"kind": "not run", "task": task.name, "reason": "out of time"})
 
     def say(self, text: str) -> None:
@@ -166,8 +172,12 @@ class Run:
                 self.add(row)
         self.finish()
         timings = plan.timing_tasks(self.dry, only, self.ceiling())
-        self.say(f"timings: {len(timings)} groups")
-        self.work(timings, 1, self.until)
+        left_s = self.until - time.monotonic()
+        self.say(
+            f"timings: {len(timings)} groups, up to {plan.measuring_s(timings):.0f} s of measuring "
+            f"besides preparing, in {left_s:.0f} s"
+        )
+        self.work(timings, 1, self.until, plan.timing_shares(left_s))
         self.finish()
         left_s = self.until - time.monotonic()
         self.add(tuning.tune(self.folder.path, left_s, self.variables, self.dry))

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from benchmarks.gpu.tryout import SAME, Contestant, Emit, Row, Step, gather, gradients
-from benchmarks.peers import Peer, peers_for
-from benchmarks.problems import Inputs, Problem, input_sets
+from benchmarks.call import Call, gradients
+from benchmarks.gpu.tryout import Contestant, Emit, Row, Step, gather
+from benchmarks.operation import SAME, Operation, Pass, Peer, Problem
 from benchmarks.roofline import Ceiling
 from benchmarks.timing import Limits, Stats, Timer, interleave
 
 
 def run_problem(
+    operation: Operation,
     problem: Problem,
     emit: Emit,
     step: Step,
@@ -28,21 +29,24 @@ def run_problem(
     excluded: Mapping[str, str] | None = None,
     peers: Sequence[Peer] | None = None,
 ) -> None:
-    """Rows of a problem's forward and backward. ``slow``: ours against those that compile for
-    long, instead of those that don't."""
-    sets = input_sets(problem, device, cache_bytes)
+    """Rows of a problem's passes. ``slow``: ours against those that compile for long, instead of
+    those that don't."""
+    sets = problem.input_sets(device, cache_bytes)
     if peers is None:
-        peers = [peer for peer in peers_for(problem) if peer.ours or peer.slow == slow]
-    contestants = gather(problem, peers, sets[0], emit, step, excluded or {})
+        able = operation.peers_for(problem.shape)
+        peers = [peer for peer in able if peer.ours or peer.slow == slow]
+    contestants = gather(operation, problem, peers, sets[0], device, emit, step, excluded or {})
     group = {"problem": problem.name, "tier": "slow" if slow else "quick"}
 
-    for direction in ("forward", "backward"):
+    for direction in problem.passes:
         calls: dict[str, list[Callable[[], object]]] = {}
         for contestant in contestants:
             step(f"{contestant.peer.name}, {direction}")
             held = [contestant.inputs(inputs) for inputs in sets]
             try:
-                calls[contestant.peer.name] = _calls(contestant, held, direction)
+                calls[contestant.peer.name] = [
+                    call_of(contestant, inputs, direction) for inputs in held
+                ]
             except torch.OutOfMemoryError as error:
                 reason = f"out of memory: {' '.join(str(error).split())[:200]}"
                 emit(
@@ -64,25 +68,29 @@ def run_problem(
         gc.collect()
 
 
-def _calls(
-    contestant: Contestant, sets: Sequence[Inputs], direction: str
-) -> list[Callable[[], object]]:
-    form, leaves = contestant.form, contestant.leaves
+def call_of(contestant: Contestant, inputs: Call, direction: Pass) -> Callable[[], object]:
+    """What is timed: nothing but this runs between the events."""
+    function = contestant.function
+    match direction:
+        case "forward":
+            return lambda: function(inputs)
+        case "backward":
+            outputs = function(inputs)
+            return lambda: gradients(outputs, inputs, keep=True)
+        case "both":
+            return lambda: gradients(function(inputs), inputs)
+        case "no gradient":
 
-    def forward(inputs: Inputs) -> Callable[[], object]:
-        return lambda: form(inputs)
+            def unrecorded() -> object:
+                with torch.no_grad():
+                    return function(inputs)
 
-    def backward(inputs: Inputs) -> Callable[[], object]:
-        out = form(inputs)
-        return lambda: gradients(out, inputs, leaves, keep=True)
-
-    make = forward if direction == "forward" else backward
-    return [make(inputs) for inputs in sets]
+            return unrecorded
 
 
 def timing_rows(
     problem: Problem,
-    direction: str,
+    direction: Pass,
     contestants: Sequence[Contestant],
     stats: Mapping[str, Stats],
     ceiling: Ceiling | None,
@@ -114,6 +122,10 @@ def timing_rows(
         }
         if ceiling is not None:
             floor_ms = ceiling.floor_ms(work)
-            row |= {"roofline_ms": floor_ms, "fraction_of_roofline": floor_ms / measured.ms}
+            row |= {
+                "roofline_ms": floor_ms,
+                "fraction_of_roofline": floor_ms / measured.ms,
+                "fraction_of_copy": row["tb_per_s"] / ceiling.tb_per_s,
+            }
         rows.append(row)
     return rows

@@ -26,6 +26,10 @@ PACKAGES = (
     "xformers",
     "transformer_engine",
     "flash_attn",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "apex",
     "nvidia-cudnn-cu13",
     "nvidia-cudnn-cu12",
 )

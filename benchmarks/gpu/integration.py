@@ -6,133 +6,127 @@ Each check gives the reason for which it failed, or an empty string.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import CASES, Call, Case, Operation, make_call, ours
-from benchmarks.gpu.correctness import Emit, Results, differing, results
-
-BY_NAME = {case.name: case for case in CASES}
-
-
-def integration_cases(shrink: bool) -> list[Case]:
-    names = ("BEiT at 224 pixels", "query subset", "table to output")
-    return [BY_NAME[name].shrunk() if shrink else BY_NAME[name] for name in names]
+from benchmarks.call import Call, Function, Outputs, results
+from benchmarks.gpu.correctness import Emit, differing, moved
+from benchmarks.operation import Case, Operation
 
 
-def under_compile(call: Call, backend: str, operation: Operation = ours) -> str:
+def under_compile(call: Call, backend: str, function: Function) -> str:
     """One graph, forward and backward, and the same bits as without."""
-    expected = results(operation, call)
+    expected = results(function, call)
 
-    def flat(leaves: dict[str, Tensor]) -> Tensor:
-        return operation(replace(call, leaves=leaves))
+    def flat(leaves: dict[str, Tensor]) -> Outputs:
+        return function(Call(call.shape, leaves, call.given))
 
     torch._dynamo.reset()
-    function = torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
-    found = results(lambda call: function(call.leaves), call)
+    compiled = torch.compile(flat, fullgraph=True, dynamic=False, backend=backend)
+    found = results(lambda call: compiled(call.leaves), call)
     # The compiled graph may sum and cast around the operator in another order.
     return _near(found, expected)
 
 
-def _near(found: Results, expected: Results) -> str:
+def _near(found: Outputs, expected: Outputs) -> str:
     wrong = [
         name
         for name, tensor in expected.items()
-        if not torch.allclose(
-            found[name], tensor, rtol=4 * torch.finfo(tensor.dtype).eps, atol=1e-6
-        )
+        if not torch.allclose(found[name], tensor, rtol=_rtol(tensor.dtype), atol=1e-6)
     ]
     return f"{', '.join(wrong)} differ from eager" if wrong else ""
 
 
-def under_cuda_graph(call: Call, other: Call, operation: Operation = ours) -> str:
+def _rtol(dtype: torch.dtype) -> float:
+    return 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def under_cuda_graph(call: Call, other: Call, function: Function) -> str:
     """Captured with the inputs of ``call``, replayed with those of ``other``: bits as in eager."""
-    expected = results(operation, other)
-    leaves = {name: tensor.detach().clone() for name, tensor in call.leaves.items()}
-    static = replace(
-        call,
-        leaves=leaves,
-        dout=call.dout.clone(),
-        positions=None if call.positions is None else call.positions.clone(),
-    )
+    expected = results(function, other)
+    static = call.everything(lambda _, tensor: tensor.clone())
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):  # kernels are compiled before the capture
-            results(operation, static)
+            results(function, static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = results(operation, static)
-    for name, tensor in other.leaves.items():
-        leaves[name].copy_(tensor)
-    static.dout.copy_(other.dout)
-    if static.positions is not None and other.positions is not None:
-        static.positions.copy_(other.positions)
+        captured = results(function, static)
+    for mine, theirs in zip(_tensors(static), _tensors(other), strict=True):
+        mine.copy_(theirs)
     graph.replay()
     torch.cuda.synchronize()
     changed = differing(captured, expected)
     return f"{', '.join(changed)} differ between a replay and eager" if changed else ""
 
 
-def under_checkpoint(call: Call, operation: Operation = ours) -> str:
+def _tensors(call: Call) -> list[Tensor]:
+    return [*call.leaves.values(), *call.given.values(), *call.douts.values()]
+
+
+def under_checkpoint(call: Call, function: Function) -> str:
     """Recomputed in the backward: the same bits."""
     from torch.utils.checkpoint import checkpoint
 
-    def recomputed(inner: Call) -> Tensor:
+    def recomputed(inner: Call) -> Outputs:
         names = list(inner.leaves)
 
-        def run(*leaves: Tensor) -> Tensor:
-            return operation(replace(inner, leaves=dict(zip(names, leaves, strict=True))))
+        def run(*leaves: Tensor) -> Outputs:
+            held = dict(zip(names, leaves, strict=True))
+            return function(Call(inner.shape, held, inner.given))
 
-        out = checkpoint(run, *inner.leaves.values(), use_reentrant=False)
-        assert isinstance(out, Tensor)
-        return out
+        outputs = checkpoint(run, *inner.leaves.values(), use_reentrant=False)
+        assert isinstance(outputs, dict)
+        return outputs
 
-    changed = differing(results(recomputed, call), results(operation, call))
+    changed = differing(results(recomputed, call), results(function, call))
     return f"{', '.join(changed)} differ under checkpointing" if changed else ""
 
 
-def under_autocast(call: Call, operation: Operation = ours) -> str:
-    """fp32 inputs under autocast: q, k, v are cast to bf16, bias and table keep their precision."""
+def under_autocast(
+    call: Call, cast: frozenset[str], function: Function, exactly: bool = True
+) -> str:
+    """fp32 inputs under autocast: those named by ``cast`` become bf16, the others keep theirs. Not
+    ``exactly``: but for a rounding to 16 bits."""
     wide = call.to(torch.float32)
-    device = call.dout.device.type
+    device = next(iter(_tensors(call))).device.type
 
-    def cast(inner: Call) -> Tensor:
+    def below(inner: Call) -> Outputs:
         with torch.autocast(device, torch.bfloat16):
-            return operation(inner)
+            return function(inner)
 
-    found = results(cast, wide)
-    if found["out"].dtype != torch.bfloat16:
-        return f"the output is {found['out'].dtype}, not bfloat16"
-    half = {
-        name: tensor.to(torch.bfloat16) if name in ("q", "k", "v", "qkv") else tensor
-        for name, tensor in wide.leaves.items()
-    }
-    expected = results(operation, replace(wide, leaves=half))
-    changed = [
-        name for name in expected if not torch.equal(found[name].float(), expected[name].float())
-    ]
+    found = results(below, wide)
+    half = wide.everything(lambda name, x: x.to(torch.bfloat16) if name in cast else x)
+    expected = results(function, half)
+    for name in expected:
+        if name in call.douts and found[name].dtype != expected[name].dtype:
+            return f"{name} is {found[name].dtype}, expected {expected[name].dtype}"
+    wanted, came = ({n: x.float() for n, x in part.items()} for part in (expected, found))
+    changed = differing(wanted, came) if exactly else moved(wanted, came, torch.bfloat16)
     return f"{', '.join(changed)} differ under autocast" if changed else ""
 
 
 def check_integration(
-    name: str, dtype: str, device: torch.device, emit: Emit, *, shrink: bool
+    operation: Operation, case: Case, dtype: str, device: torch.device, emit: Emit
 ) -> None:
     """All four, on one case; each a row."""
-    case = next(case for case in integration_cases(shrink) if case.name == name)
-    call, other = (make_call(case, dtype, seed, device) for seed in (11, 12))
+    function = operation.ours("triton")
+    call, other = (case.make(dtype, seed, device) for seed in (11, 12))
     graphs = device.type == "cuda"
     checks: dict[str, Callable[[], Any]] = {
-        "torch.compile": lambda: under_compile(call, "inductor" if graphs else "aot_eager"),
-        "checkpointing": lambda: under_checkpoint(call),
-        "autocast": lambda: under_autocast(call),
+        "torch.compile": lambda: under_compile(
+            call, "inductor" if graphs else "aot_eager", function
+        ),
+        "autocast": lambda: under_autocast(call, operation.cast, function, operation.cast_exactly),
     }
+    if call.douts:
+        checks["checkpointing"] = lambda: under_checkpoint(call, function)
     if graphs:
-        checks["CUDA graph"] = lambda: under_cuda_graph(call, other)
+        checks["CUDA graph"] = lambda: under_cuda_graph(call, other, function)
     else:
         emit(_row("CUDA graph", case, dtype, "skipped", "graphs are captured on a GPU only"))
     for check, run in checks.items():

@@ -1,14 +1,22 @@
-"""Which tasks a run does, in order of worth, and what becomes of one whose process is lost."""
+"""Which tasks a run does, in order of worth, and what becomes of one whose process is lost.
+
+Correctness goes round the operations, one case of each in turn, bf16 of all before fp16 and fp32.
+Timings: what targets are about, of every operation, beside the quick peers; the same beside those
+that compile for long; then the rest in the same way. While others wait, no operation's timings take
+more than its share (`Operation.share`) of the time for timings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks import peers, problems
-from benchmarks.gpu import cases, integration
 from benchmarks.gpu.pool import Task
+from benchmarks.operation import Case, Operation, Problem
+from benchmarks.operations import OPERATIONS, problem_by_name
+from benchmarks.timing import Limits
 
 Row = dict[str, Any]
 
@@ -16,61 +24,95 @@ Row = dict[str, Any]
 CHECK_SILENCE_S = 150.0  # four kernels compile before the first row, beside many others
 KERNEL_SILENCE_S = 90.0
 AUTOTUNE_SILENCE_S = 120.0
-# The first problems are what the targets are about; they get more samples.
-LONG_LIMITS = {"seconds": 4.0, "most_rounds": 100}
-SHORT_LIMITS = {"seconds": 2.5, "most_rounds": 60}
+# What targets are about gets more samples. Of 3 s, seven contestants get 40 rounds of 10 ms.
+LIMITS: dict[int, Row] = {
+    0: {"seconds": 3.0, "most_rounds": 100},
+    1: {"seconds": 2.0, "most_rounds": 60},
+    2: {"seconds": 1.5, "most_rounds": 60},
+}
 
 
 def wanted(name: str, only: list[str]) -> bool:
     return not only or any(part.lower() in name.lower() for part in only)
 
 
+def cases_in_turn(only: list[str]) -> list[tuple[Operation, Case]]:
+    """The first case of each operation, the second of each, and so on."""
+    rounds = itertools.zip_longest(*([(op, case) for case in op.cases] for op in OPERATIONS))
+    flat = itertools.chain.from_iterable(rounds)
+    return [pair for pair in flat if pair is not None and wanted(pair[1].name, only)]
+
+
+def problems_in_turn(worth: int, only: list[str]) -> list[tuple[Operation, Problem]]:
+    """The same of the problems of a worth."""
+    listed = [[(op, p) for p in op.problems if p.worth == worth] for op in OPERATIONS]
+    flat = itertools.chain.from_iterable(itertools.zip_longest(*listed))
+    return [pair for pair in flat if pair is not None and wanted(pair[1].name, only)]
+
+
 def correctness_tasks(dry: bool, only: list[str]) -> list[Task]:
     """Each case at each precision; bf16 of all first, as training uses it."""
     tasks = []
+    pairs = cases_in_turn(only)
     for dtype in ("bfloat16", "float16", "float32"):
-        for case in cases.CASES:
+        for operation, case in pairs:
             dtypes = case.shrunk().dtypes if dry else case.dtypes
             first = dtypes[0] if len(dtypes) == 1 else None
-            # fp32-only cases go with the first round: they are the table's.
-            if wanted(case.name, only) and (
-                dtype in dtypes if first is None else dtype == "bfloat16"
-            ):
-                tasks.append(_correctness("correctness", case.name, first or dtype, dry))
+            # Cases of one precision go with the first round: they are what they are about.
+            if dtype in dtypes if first is None else dtype == "bfloat16":
+                tasks.append(_correctness("correctness", operation, case, first or dtype, dry))
         if dtype == "bfloat16":
             tasks += [
-                _correctness("integration", case.name, "float32" if dry else dtype, dry)
-                for case in integration.integration_cases(dry)
-                if wanted(case.name, only)
+                _correctness("integration", operation, case, "float32" if dry else dtype, dry)
+                for operation, case in pairs
+                if case.machinery
             ]
     return tasks
 
 
-def _correctness(kind: str, case: str, dtype: str, dry: bool) -> Task:
-    payload = {"kind": kind, "case": case, "dtype": dtype, "dry": dry}
-    return Task(f"{kind}: {case}, {dtype}", payload, CHECK_SILENCE_S)
+def _correctness(kind: str, operation: Operation, case: Case, dtype: str, dry: bool) -> Task:
+    payload = {"kind": kind, "case": case.name, "dtype": dtype, "dry": dry}
+    name = f"{kind}: {case.name}, {dtype}"
+    return Task(name, payload, CHECK_SILENCE_S, group=operation.name)
 
 
 def timing_tasks(dry: bool, only: list[str], ceiling: Row | None) -> list[Task]:
-    """Quick peers of the four first problems, the slow ones of the first, then the rest."""
+    """By worth; within a worth quick peers before slow ones, the operations in turn."""
 
-    def task(problem: problems.Problem, slow: bool) -> Task:
-        first = problem in problems.PROBLEMS[:4]
+    def task(operation: Operation, problem: Problem, slow: bool) -> Task:
         payload = {
             "kind": "timing",
             "problem": problem.name,
             "slow": slow,
             "dry": dry,
             "ceiling": ceiling,
-            "limits": LONG_LIMITS if first else SHORT_LIMITS,
+            "limits": LIMITS[problem.worth],
         }
         silence_s = AUTOTUNE_SILENCE_S if slow else KERNEL_SILENCE_S
-        return Task(f"timing: {problem.name}{', slow peers' if slow else ''}", payload, silence_s)
+        name = f"timing: {problem.name}{', slow peers' if slow else ''}"
+        return Task(name, payload, silence_s, group=operation.name)
 
-    chosen = [problem for problem in problems.PROBLEMS if wanted(problem.name, only)]
-    quick = [task(problem, False) for problem in chosen]
-    slow = [task(problem, True) for problem in chosen]
-    return [*quick[:4], *slow[:1], *quick[4:], *slow[1:]]
+    tasks = []
+    for worth in LIMITS:
+        chosen = problems_in_turn(worth, only)
+        tasks += [task(operation, problem, False) for operation, problem in chosen]
+        tasks += [task(operation, problem, True) for operation, problem in chosen]
+    return tasks
+
+
+def timing_shares(seconds: float) -> dict[str, float]:
+    """Seconds of each operation, of all that there are for timings."""
+    return {operation.name: operation.share * seconds for operation in OPERATIONS}
+
+
+def measuring_s(tasks: Iterable[Task]) -> float:
+    """Seconds that timings measure for at most, without what it takes to prepare them: each group
+    ends with its limit in each pass, unless a few rounds alone take longer."""
+    found = 0.0
+    for task in tasks:
+        _, problem = problem_by_name(task.payload["problem"])
+        found += len(problem.passes) * Limits(**task.payload["limits"]).seconds
+    return found
 
 
 def on_lost(emit: Callable[[Row], None]) -> Callable[[Task, str, str], Task | None]:
@@ -95,7 +137,7 @@ def on_lost(emit: Callable[[Row], None]) -> Callable[[Task, str, str], Task | No
         if payload["kind"] != "timing":
             emit({"kind": "lost", "task": task.name, "step": step, "reason": reason})
             return None
-        culprit = _contestant(step)
+        culprit = _contestant(payload["problem"], step)
         excluded = payload.get("excluded", {})
         if culprit is None or culprit in excluded:
             emit({"kind": "lost", "task": task.name, "step": step, "reason": reason})
@@ -106,9 +148,10 @@ def on_lost(emit: Callable[[Row], None]) -> Callable[[Task, str, str], Task | No
     return lost
 
 
-def _contestant(step: str) -> str | None:
+def _contestant(problem: str, step: str) -> str | None:
     """Whose step it was; longest name first, since some names begin others."""
-    for name in sorted((peer.name for peer in peers.PEERS), key=len, reverse=True):
+    operation, _ = problem_by_name(problem)
+    for name in sorted((peer.name for peer in operation.peers), key=len, reverse=True):
         if step.startswith(name):
             return name
     return None

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """``payload`` is what the worker gets; ``silence_s``: how long a step may take."""
+    """``payload`` is what the worker gets; ``silence_s``: how long a step may take; ``group``: with
+    whom it shares time."""
 
     name: str
     payload: Row
     silence_s: float = 60.0
+    group: str = ""
 
 
 # (task, the step it was in, reason) -> the task to try instead, or None
@@ -44,6 +46,7 @@ class _Worker:
     events: int
     task: Task | None = None
     step: str = ""
+    began_s: float = 0.0
     heard_s: float = 0.0
     pending: bytes = b""
     fatal: str = ""
@@ -53,7 +56,11 @@ class _Worker:
 
 @dataclass
 class Pool:
-    """``environment`` is added to the workers'; what they print goes to ``log``."""
+    """``environment`` is added to the workers'; what they print goes to ``log``.
+
+    ``shares``: seconds of a group of tasks. Those of a group that has used them up wait until no
+    other task does.
+    """
 
     workers: int
     log: Path
@@ -61,6 +68,8 @@ class Pool:
     on_lost: OnLost
     environment: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = (sys.executable, "-m", "benchmarks.gpu.worker")
+    shares: Mapping[str, float] = field(default_factory=dict)
+    used_s: dict[str, float] = field(default_factory=dict)
 
     def run(self, tasks: Iterable[Task], until: float) -> list[Task]:
         """Run tasks, in order as far as workers are free, until ``time.monotonic()`` is ``until``.
@@ -111,8 +120,9 @@ class Pool:
                 if worker.process.poll() is not None:
                     self._end(worker)
                     running[place] = worker = self._start()
-                worker.task = queue.popleft()
+                worker.task = self._next(queue)
                 worker.step, worker.heard_s = "start", time.monotonic()
+                worker.began_s = worker.heard_s
                 worker.spoke = False
                 assert worker.process.stdin is not None
                 line = json.dumps(worker.task.payload) + "\n"
@@ -120,6 +130,18 @@ class Pool:
                 with contextlib.suppress(BrokenPipeError):
                     worker.process.stdin.write(line.encode())
                     worker.process.stdin.flush()
+
+    def _next(self, queue: deque[Task]) -> Task:
+        """The first task whose group has time left, or the first of all."""
+        for place, task in enumerate(queue):
+            if self.used_s.get(task.group, 0.0) < self.shares.get(task.group, float("inf")):
+                del queue[place]
+                return task
+        return queue.popleft()
+
+    def _account(self, worker: _Worker, task: Task) -> None:
+        taken_s = time.monotonic() - worker.began_s
+        self.used_s[task.group] = self.used_s.get(task.group, 0.0) + taken_s
 
     def _listen(self, busy: list[_Worker], wait_s: float) -> None:
         with selectors.DefaultSelector() as selector:
@@ -151,6 +173,8 @@ class Pool:
             case "fatal":
                 worker.fatal = event["reason"]
             case "done":
+                if worker.task is not None:
+                    self._account(worker, worker.task)
                 worker.task = None
                 worker.finished += 1
 
@@ -166,6 +190,7 @@ class Pool:
         reason = worker.fatal or _how(code)
         if code is None:
             reason = f"stopped: nothing came for {silent_s:.0f} s"
+        self._account(worker, task)
         running.remove(worker)
         self._end(worker)
         if code is not None and worker.finished and not worker.spoke:

@@ -1,4 +1,5 @@
-"""compute-sanitizer over two small cases: memcheck (bad addresses) and racecheck (shared memory).
+"""compute-sanitizer over small cases of each operation: bad addresses (memcheck), races in shared
+memory (racecheck).
 
 PyTorch's caching allocator is switched off for it, so that each tensor is an allocation of its own
 and an access beyond its end is one beyond what the driver knows.
@@ -16,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.operations import OPERATIONS
+
 TOOLS = ("memcheck", "racecheck")
-SANITIZED_CASES = ("5 x 7 grid", "query subset")
+SANITIZED_CASES = tuple(case.name for op in OPERATIONS for case in op.cases if case.sanitized)
 CASES_TEXT = ", ".join(SANITIZED_CASES)
 FOUND = 77
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.verdict import latest_timings
+from benchmarks.operation import PASSES
 
 Row = dict[str, Any]
 
@@ -103,7 +104,7 @@ def timing_tables(rows: list[Row]) -> list[str]:
     tables = []
     for problem in problems:
         lines = [f"## {problem}"]
-        for direction in ("forward", "backward"):
+        for direction in PASSES:
             chosen = [row for key, row in timings.items() if key[:2] == (problem, direction)]
             if chosen:
                 lines += ["", *_timing_lines(direction, chosen)]
@@ -142,7 +143,11 @@ def _others(rows: list[Row]) -> list[str]:
         lines = ["## Kernels under the profiler, µs a call"]
         for row in profiled:
             shares = ", ".join(f"{name} {us:.1f}" for name, us in row["us_per_call"].items())
-            lines.append(f"- {row['problem']}: {shares}")
+            reached = "".join(
+                f"; {name}: {100 * fraction:.0f} % of the copy's bandwidth"
+                for name, fraction in (row.get("fraction_of_copy") or {}).items()
+            )
+            lines.append(f"- {row['problem']}: {shares}{reached}")
         parts.append("\n".join(lines))
     left = [row for row in rows if row["kind"] in ("lost", "not run", "tuning")]
     if left:

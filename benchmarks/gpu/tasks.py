@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import problems
-from benchmarks.gpu import cases, contest, correctness, environment, integration, kernels
+from benchmarks.call import results
+from benchmarks.gpu import contest, correctness, environment, integration, kernels
+from benchmarks.operations import case_by_name, problem_by_name
 from benchmarks.roofline import Ceiling
 from benchmarks.timing import CudaTimer, Limits, Timer, WallTimer
 
@@ -32,22 +33,24 @@ def run(payload: Row, events: Events) -> None:
         case "ceilings":
             events.row({"kind": "ceilings", **environment.ceilings(device, timer)})
         case "correctness":
-            case = next(case for case in cases.CASES if case.name == payload["case"])
+            operation, case = case_by_name(payload["case"])
             case = case.shrunk() if dry else case
             try:
-                correctness.check_case(case, payload["dtype"], device, events.row)
+                correctness.check_case(operation, case, payload["dtype"], device, events.row)
             except torch.OutOfMemoryError:
                 events.row(skipped(payload, "the device's memory is too small for this case"))
         case "once":
-            for case in cases.CASES:
-                if case.name in payload["cases"]:
-                    call = cases.make_call(case, payload["dtype"], 0, device)
-                    for name, tensor in correctness.results(cases.ours, call).items():
-                        events.step(f"{case.name}, {name}: {tensor.float().norm().item():.6g}")
+            for name in payload["cases"]:
+                operation, case = case_by_name(name)
+                case = case.shrunk() if dry else case
+                dtype = payload["dtype"] if payload["dtype"] in case.dtypes else case.dtypes[0]
+                found = results(operation.ours("triton"), case.make(dtype, 0, device))
+                for result, tensor in found.items():
+                    events.step(f"{name}, {result}: {tensor.float().norm().item():.6g}")
         case "integration":
-            integration.check_integration(
-                payload["case"], payload["dtype"], device, events.row, shrink=dry
-            )
+            operation, case = case_by_name(payload["case"])
+            case = case.shrunk() if dry else case
+            integration.check_integration(operation, case, payload["dtype"], device, events.row)
         case "timing":
             _timing(payload, events, device, timer)
         case other:
@@ -67,13 +70,14 @@ def skipped(payload: Row, reason: str) -> Row:
 
 def _timing(payload: Row, events: Events, device: torch.device, timer: Timer) -> None:
     dry = payload["dry"]
-    problem = problems.by_name(payload["problem"])
+    operation, problem = problem_by_name(payload["problem"])
     if dry:
         problem = problem.shrunk()
     ceiling = Ceiling(**payload["ceiling"]) if payload.get("ceiling") else None
     limits = Limits(0.1, 2, 3, 1) if dry else Limits(**payload.get("limits", {}))
     cache_bytes = 0 if dry else torch.cuda.get_device_properties(device).L2_cache_size
     contest.run_problem(
+        operation,
         problem,
         events.row,
         events.step,
@@ -89,7 +93,7 @@ def _timing(payload: Row, events: Events, device: torch.device, timer: Timer) ->
         torch.cuda.empty_cache()
     if not payload["slow"]:
         events.step("time of each kernel")
-        kernels.emit_kernel_times(problem, device, events.row)
+        kernels.emit_kernel_times(operation, problem, device, ceiling, events.row)
 
 
 def sanitizer_main() -> None:

@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import definition
-from benchmarks.forms import Form, Unavailable
-from benchmarks.peers import Peer
-from benchmarks.problems import Inputs, Problem
+from benchmarks.call import Call, Function, Outputs, results
+from benchmarks.operation import SAME, Operation, Peer, Problem
+from benchmarks.peers import Unavailable
 
 Row = dict[str, Any]
 Emit = Callable[[Row], None]
 Step = Callable[[str], None]
-
-SAME, NO_BIAS, NO_BIAS_GRADIENT = "same", "no bias", "no bias gradient"
 
 
 class BrokenDevice(RuntimeError):
@@ -29,52 +25,28 @@ class BrokenDevice(RuntimeError):
 
 @dataclass
 class Contestant:
+    """``refused``: leaves that the peer takes but gives no gradient."""
+
     peer: Peer
-    form: Form
-    leaves: tuple[str, ...]
+    function: Function
     error: float
-    bias_gradient: bool
+    refused: tuple[str, ...] = ()
 
     def work(self, direction: str) -> str:
-        if not self.peer.bias:
-            return NO_BIAS
-        if direction == "backward" and not self.bias_gradient:
-            return NO_BIAS_GRADIENT
+        if self.peer.less:
+            return self.peer.less
+        if self.refused and direction not in ("forward", "no gradient"):
+            return f"no {self.refused[0]} gradient"
         return SAME
 
-    def inputs(self, inputs: Inputs) -> Inputs:
-        """The leaves, that of the bias without gradient where a peer refuses it one."""
-        if self.bias_gradient:
-            return inputs
-        return without_bias_gradient(inputs)
+    def inputs(self, call: Call) -> Call:
+        """What it is given of a call."""
+        return call.without(*self.peer.without).detached(*self.refused)
 
 
-def without_bias_gradient(inputs: Inputs) -> Inputs:
-    leaves = {n: x.detach() if n in ("bias", "table") else x for n, x in inputs.leaves.items()}
-    return Inputs(leaves, inputs.index, inputs.grid, inputs.positions, inputs.dout)
-
-
-def gradients(out: Tensor, inputs: Inputs, leaves: Sequence[str], keep: bool) -> list[Tensor]:
-    wanted = [inputs.leaves[name] for name in leaves]
-    return list(torch.autograd.grad(out, wanted, inputs.dout, retain_graph=keep))
-
-
-def expected(problem: Problem, inputs: Inputs, bias: bool) -> dict[str, Tensor]:
-    """Output and gradients by the definition in fp32, from the same rounded inputs."""
-    wide = {n: x.detach().float().requires_grad_() for n, x in inputs.leaves.items()}
-    held = Inputs(wide, inputs.index, inputs.grid, inputs.positions, inputs.dout.float())
-    names = [name for name in wide if bias or name not in ("bias", "table")]
-    if "table" in wide:
-        added = definition.expand(wide["table"], inputs.index)
-    else:
-        added = wide["bias"]
-    if problem.operation == "expand":
-        out = added
-    else:
-        out = definition.attention(*held.qkv(), added if bias else None, inputs.positions)
-        out = out.flatten(2)
-    found = gradients(out, held, names, keep=False)
-    return {"out": out.detach(), **dict(zip(names, found, strict=True))}
+def expected(operation: Operation, call: Call) -> Outputs:
+    """Outputs and gradients by the definition in fp32, from the same rounded inputs."""
+    return results(operation.definition, call.to(torch.float32))
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -82,45 +54,30 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(8 * torch.finfo(dtype).eps, 1e-4)
 
 
-def largest_error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    errors = []
-    for name, value in found.items():
-        error = (value.float() - truth[name]).norm() / truth[name].norm().clamp_min(1e-30)
-        errors.append(error.item())
-    # max() of NaN depends on the order.
-    return float("nan") if any(error != error for error in errors) else max(errors)
-
-
 def try_out(
-    peer: Peer, problem: Problem, inputs: Inputs, truth: Mapping[str, Tensor]
+    operation: Operation, peer: Peer, problem: Problem, call: Call, truth: Outputs
 ) -> Contestant:
-    """Build a peer and compare its output and gradients with ``truth``; raise if it can't run."""
-    names = tuple(n for n in problem.leaves if peer.bias or n not in ("bias", "table"))
-    form = peer.form(problem)
-
-    def attempt(inputs: Inputs, leaves: tuple[str, ...]) -> float:
-        out = form(inputs)
-        found = gradients(out, inputs, leaves, keep=False)
-        named = dict(zip(leaves, found, strict=True))
-        return largest_error({"out": out.detach(), **named}, truth)
-
+    """Build a peer and compare its outputs and gradients with ``truth``; raise if it can't run."""
+    refused: tuple[str, ...] = ()
+    function = peer.form(problem.shape)
+    given = call.without(*peer.without)
     try:
-        return Contestant(peer, form, names, attempt(inputs, names), True)
+        found = results(function, given)
     except (Unavailable, torch.OutOfMemoryError):
         raise
     except Exception:
-        fewer = names[:-1]
-        if peer.ours or not peer.bias or not fewer:
-            raise
         # Some take a bias but refuse it a gradient.
-        form = peer.form(problem)
-        try:
-            error = attempt(without_bias_gradient(inputs), fewer)
-        except Exception:
-            error = None
-        if error is None:
+        refused = tuple(name for name in operation.refusable if name in given.leaves)
+        if peer.ours or peer.less or not refused or len(refused) == len(given.leaves):
             raise
-        return Contestant(peer, form, fewer, error, False)
+        function = peer.form(problem.shape)
+        try:
+            found = results(function, given.detached(*refused))
+        except Exception:
+            found = None
+        if found is None:
+            raise
+    return Contestant(peer, function, operation.error(given, found, truth), refused)
 
 
 def reason_of(error: BaseException, heard: Sequence[warnings.WarningMessage]) -> str:
@@ -139,9 +96,11 @@ def device_is_alive(device: torch.device) -> bool:
 
 
 def gather(
+    operation: Operation,
     problem: Problem,
     peers: Sequence[Peer],
-    inputs: Inputs,
+    call: Call,
+    device: torch.device,
     emit: Emit,
     step: Step,
     excluded: Mapping[str, str],
@@ -152,27 +111,29 @@ def gather(
         head = {"kind": "timing", "problem": problem.name, "contestant": peer.name}
         emit({**head, "status": status, "reason": reason, **more})
 
-    contestants, truths = [], {}
+    limit = operation.error_allowed
+    limit = tolerance(problem.torch_dtype) if limit is None else limit
+    contestants: list[Contestant] = []
+    truths: dict[tuple[str, ...], Outputs] = {}
     for peer in peers:
         if peer.name in excluded:
             out(peer, "failed", excluded[peer.name])
             continue
         step(peer.name)
         started = time.monotonic()
-        if peer.bias not in truths:
-            truths[peer.bias] = expected(problem, inputs, peer.bias)
+        if peer.without not in truths:
+            truths[peer.without] = expected(operation, call.without(*peer.without))
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             try:
-                contestant = try_out(peer, problem, inputs, truths[peer.bias])
+                contestant = try_out(operation, peer, problem, call, truths[peer.without])
                 error = contestant.error
             except Exception as problem_met:
-                if not device_is_alive(inputs.dout.device):
+                if not device_is_alive(device):
                     raise BrokenDevice(reason_of(problem_met, heard)) from problem_met
                 out(peer, "unavailable", reason_of(problem_met, heard))
                 continue
-        if not error <= tolerance(problem.torch_dtype):
-            limit = tolerance(problem.torch_dtype)
+        if not error <= limit:
             reason = f"relative error {error:.1e} against fp32, allowed {limit:.1e}: not timed"
             out(peer, "wrong", reason, error=error)
             continue

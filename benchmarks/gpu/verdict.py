@@ -1,45 +1,26 @@
-"""Targets, and what the rows say of them."""
+"""What the rows say of the targets of every operation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import peers, problems
+from benchmarks.operation import OURS, SAME
+from benchmarks.operations import OPERATIONS
+from benchmarks.targets import Measured, Target
 
 Row = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Target:
-    """At most ``limit_us`` for a pass of a problem on one H100 SXM."""
-
-    name: str
-    problem: str
-    direction: str
-    limit_us: float
-
-
 GPU = "H100"
-_FORWARD = "attention forward, 128 images"
-_BACKWARD = "attention backward with dBias, 128 images"
-TARGETS = (
-    Target(f"{_FORWARD}: at most 85 µs", problems.BASE.name, "forward", 85.0),
-    Target(f"{_FORWARD}: goal of 75 µs", problems.BASE.name, "forward", 75.0),
-    Target(f"{_BACKWARD}: at most 250 µs", problems.BASE.name, "backward", 250.0),
-    Target(f"{_BACKWARD}: goal of 200 µs", problems.BASE.name, "backward", 200.0),
-    Target(f"{_BACKWARD}: stretch of 150 µs", problems.BASE.name, "backward", 150.0),
-)
+
+
+def targets() -> list[Target]:
+    return [target for operation in OPERATIONS for target in operation.targets]
 
 
 def latest_timings(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Row]:
     """Timed rows by (problem, pass, tier, contestant); a repeated attempt replaces the earlier."""
-    return {
-        (row["problem"], row["pass"], row["tier"], row["contestant"]): row
-        for row in rows
-        if row["kind"] == "timing" and row["status"] == "ok"
-    }
+    return Measured(rows).timings
 
 
 def correctness_verdict(rows: Iterable[Row]) -> Row:
@@ -67,38 +48,21 @@ def _named(row: Row) -> str:
 
 def verdicts(rows: list[Row], gpu: str | None) -> list[Row]:
     """One row a target: met, missed or not measured. Without a GPU no time counts."""
-    timings = {} if gpu is None else latest_timings(rows)
+    measured = Measured(rows if gpu is not None else [])
     found = [correctness_verdict(rows)]
     note = "" if gpu is not None and GPU in gpu else f"set for {GPU}, measured on {gpu or 'no GPU'}"
-    for target in TARGETS:
-        row = timings.get((target.problem, target.direction, "quick", peers.OURS))
-        found.append(
-            _verdict(target.name, None if row is None else 1e3 * row["ms"], target.limit_us, note)
-        )
-    for direction in ("forward", "backward"):
-        name = f"{direction}, with a trained bias: faster than FlashAttention-2 without any"
-        mine, theirs = (
-            timings.get((problems.BASE_SEPARATE.name, direction, "quick", who))
-            for who in (peers.OURS, peers.FLASH2)
-        )
-        found.append(
-            _verdict(
-                name,
-                None if mine is None else 1e3 * mine["ms"],
-                None if theirs is None else 1e3 * theirs["ms"],
-                "",
+    for target in targets():
+        judged = target.judge(measured)
+        row: Row = {"kind": "verdict", "target": target.name}
+        if judged is None:
+            found.append(
+                {**row, "status": "not measured", "measured": "not measured", "reason": ""}
             )
-        )
-    found += _against_peers(timings)
+            continue
+        absolute = judged.pop("absolute", False)
+        found.append({**row, **judged, "reason": note if absolute else ""})
+    found += _against_peers(measured.timings)
     return found
-
-
-def _verdict(name: str, measured_us: float | None, limit_us: float | None, note: str) -> Row:
-    row: Row = {"kind": "verdict", "target": name, "limit_us": limit_us, "reason": note}
-    if measured_us is None or limit_us is None:
-        return {**row, "status": "not measured", "measured": "not measured"}
-    status = "met" if measured_us <= limit_us else "missed"
-    return {**row, "status": status, "measured": f"{measured_us:.1f} µs of {limit_us:.1f}"}
 
 
 def _against_peers(timings: dict[tuple[str, str, str, str], Row]) -> list[Row]:
@@ -108,8 +72,8 @@ def _against_peers(timings: dict[tuple[str, str, str, str], Row]) -> list[Row]:
     """
     worst: dict[tuple[str, str], tuple[float, str]] = {}
     for (problem, direction, tier, who), row in timings.items():
-        mine = timings.get((problem, direction, tier, peers.OURS))
-        if who == peers.OURS or row["work"] != "same" or mine is None:
+        mine = timings.get((problem, direction, tier, OURS))
+        if who == OURS or row["work"] != SAME or mine is None:
             continue
         ratio = mine["ms"] / row["ms"]
         if (problem, direction) not in worst or ratio > worst[problem, direction][0]:

@@ -13,10 +13,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks import peers, problems, report
+from benchmarks import report
+from benchmarks.gpu.kernels import copy_fractions
 from benchmarks.gpu.summary import summary
-from benchmarks.gpu.verdict import verdicts
+from benchmarks.gpu.verdict import targets, verdicts
+from benchmarks.operation import OURS
+from benchmarks.operations.attention.cases import BASE as PACKED
+from benchmarks.operations.attention.cases import BASE_SEPARATE, FLASH2
 from benchmarks.results import ResultFolder, read_rows, result_folders
+from benchmarks.roofline import Ceiling
 
 NOON = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 
@@ -76,7 +81,7 @@ def timing(problem: str, direction: str, who: str, us: float, **more: Any) -> di
         "pass": direction,
         "tier": "quick",
         "contestant": who,
-        "ours": who == peers.OURS,
+        "ours": who == OURS,
         "work": "same",
         "status": "ok",
         "ms": us / 1e3,
@@ -90,12 +95,13 @@ def timing(problem: str, direction: str, who: str, us: float, **more: Any) -> di
         "tb_per_s": 1.0,
         "fraction_of_roofline": 0.5,
         "roofline_ms": us / 2e3,
+        "fraction_of_copy": 0.8,
         "ratio_to_best_peer": 0.25,
         **more,
     }
 
 
-BASE, SEPARATE = problems.BASE.name, problems.BASE_SEPARATE.name
+BASE, SEPARATE = PACKED.name, BASE_SEPARATE.name
 ROWS = [
     {
         "kind": "correctness",
@@ -106,11 +112,11 @@ ROWS = [
         "worst_ratio": 1.25,
         "reason": "",
     },
-    timing(BASE, "forward", peers.OURS, 80.0),
+    timing(BASE, "forward", OURS, 80.0),
     timing(BASE, "forward", "eager PyTorch", 320.0),
-    timing(BASE, "backward", peers.OURS, 210.0),
-    timing(SEPARATE, "forward", peers.OURS, 79.0),
-    timing(SEPARATE, "forward", peers.FLASH2, 90.0, work="no bias"),
+    timing(BASE, "backward", OURS, 210.0),
+    timing(SEPARATE, "forward", OURS, 79.0),
+    timing(SEPARATE, "forward", FLASH2, 90.0, work="no bias"),
     timing(BASE, "backward", "SDPA math", 200.0),
     {
         "kind": "timing",
@@ -153,6 +159,48 @@ def test_verdicts() -> None:
     assert f"{SEPARATE}, forward: ahead of every peer" not in status
 
 
+NORM, HEAD = "BEiT-B, residual + LayerNorm", "BEiT-B, masked head's loss"
+CHOICE = "tokenizer head, 9,600 rows"
+OTHER_ROWS = [
+    timing(NORM, "forward", OURS, 60.0, fraction_of_copy=0.86),
+    timing(NORM, "backward", OURS, 110.0, fraction_of_copy=0.74),
+    timing(HEAD, "both", OURS, 700.0),
+    timing(CHOICE, "forward", OURS, 620.0),
+    timing(CHOICE, "forward", "bare GEMM with its bias", 500.0, work="no argmax"),
+    {
+        "kind": "kernels",
+        "problem": HEAD,
+        "status": "ok",
+        "us_per_call": {"loss_whole_rows": 120.0},
+        "fraction_of_copy": {"loss_whole_rows": 0.87},
+    },
+]
+
+
+def test_verdicts_of_bandwidth_of_a_kernel_and_of_a_yardstick() -> None:
+    found = by_target(OTHER_ROWS, "NVIDIA H100 80GB HBM3")
+    status = {target: row["status"] for target, row in found.items()}
+    copy = "of the copy's bandwidth"
+    assert status[f"residual + LayerNorm forward: 85 % {copy}"] == "met"
+    assert status[f"residual + LayerNorm backward, reduction included: 75 % {copy}"] == "missed"
+    loss = "masked head's loss, forward and backward, 128 images: at most 0.75 ms"
+    assert status[loss] == "met"
+    assert status[f"its cross-entropy pass: 85 % {copy}"] == "met"
+    gemm = "linear_argmax, 9,600 rows: within 25 % of the bare GEMM"
+    assert found[gemm]["measured"] == "620.0 µs of 625.0" and status[gemm] == "met"
+    # Times are set for one GPU, shares and ratios are not.
+    elsewhere = by_target(OTHER_ROWS, "NVIDIA A100")
+    assert "set for H100" in elsewhere[loss]["reason"] and not elsewhere[gemm]["reason"]
+
+
+def test_the_share_of_a_kernel_is_of_all_that_bear_its_name() -> None:
+    times = {"loss_whole_rows": 60.0, "void loss_whole_rows_2": 40.0, "gemm": 1e3}
+    ceiling = Ceiling(1.0, 4.0, "")
+    found = copy_fractions(times, {"loss_whole_rows": 300_000_000, "absent": 1}, ceiling)
+    assert found == {"loss_whole_rows": pytest.approx(0.75)}
+    assert copy_fractions(times, {"loss_whole_rows": 1}, None) == {}
+
+
 def test_verdicts_on_another_gpu_and_without() -> None:
     target = "attention forward, 128 images: at most 85 µs"
     assert "measured on NVIDIA H200" in by_target(ROWS, "NVIDIA H200")[target]["reason"]
@@ -182,7 +230,10 @@ def test_report_without_results_claims_nothing(tmp_path: Path) -> None:
     folder_of(tmp_path / "r" / "2026-dry", {**ENVIRONMENT, "gpu": None, "dry_run": True}, ROWS)
     assert report.newest_by_gpu(tmp_path / "r") == []
     text = report.page([], {})
-    assert text.count("not measured yet (`PYTHONPATH=kernels:. python -m benchmarks.gpu`)") == 7
+    assert (
+        text.count("not measured yet (`PYTHONPATH=kernels:. python -m benchmarks.gpu`)")
+        == len(targets()) + 1
+    )
     assert "rows.jsonl" not in text
 
 
@@ -197,7 +248,10 @@ def test_report_of_results(tmp_path: Path) -> None:
     # Every table names its file; what was not measured says so.
     shown = text.count("](../benchmarks/results/2026-01-02-h100/rows.jsonl)")
     assert shown == 1 + 2
-    assert text.count("not measured yet") == 1 + len(problems.PROBLEMS) - 2
+    untimed = len(report.all_problems()) - 2
+    judged = {row["target"]: row["status"] for row in verdicts(ROWS, "NVIDIA H100")}
+    unjudged = sum(status == "not measured" for status in judged.values())
+    assert text.count("not measured yet") == untimed + unjudged
     plots = sorted((docs / "performance" / "2026-01-02-h100").iterdir())
     assert [plot.suffix for plot in plots] == [".svg", ".svg"]
     assert all(f"performance/2026-01-02-h100/{plot.name}" in text for plot in plots)
@@ -210,7 +264,7 @@ def test_the_page_in_the_tree_is_what_the_results_say(repo_root: Path) -> None:
     plots = {
         run.folder.name: [
             path.relative_to(docs).as_posix()
-            for problem in problems.PROBLEMS
+            for problem in report.all_problems()
             for path in [
                 docs / "performance" / run.folder.name / f"{report.slug(problem.name)}.svg"
             ]

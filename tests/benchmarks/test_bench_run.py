@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peers, problems
 from benchmarks.gpu import plan, sanitizer, tuning
 from benchmarks.gpu.pool import Pool, Task
+from benchmarks.operation import OURS, PASSES
+from benchmarks.operations import OPERATIONS
+from benchmarks.operations.attention.cases import FLASH2
 from benchmarks.results import read_environment, read_rows, result_folders
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
@@ -25,6 +27,8 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
     done = run_python(
         "-m", "benchmarks.gpu", "--dry-run", "--minutes", "3", "--out", tmp_path,
         "--only", "expand 5 x 7", "--only", "BEiT at 224", "--only", "qkv, fp16",
+        "--only", "residual alone", "--only", "one row", "--only", "rows selected",
+        "--only", "patches, small", "--only", "9,600 rows",
         env={"PYTHONPATH": str(repo_root)}, timeout_s=170,
     )  # fmt: skip
     (folder,) = result_folders(tmp_path)
@@ -49,10 +53,13 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
     bad = [row for row in rows if row.get("status") in ("fail", "failed", "wrong")]
     assert not bad, bad
     timed = [row for row in rows if row["kind"] == "timing" and row["status"] == "ok"]
-    assert {row["pass"] for row in timed if row["ours"]} == {"forward", "backward"}
+    assert {row["pass"] for row in timed if row["ours"]} == set(PASSES)
+    checked = {row["case"] for row in rows if row["kind"] == "correctness"}
+    for operation in OPERATIONS:
+        assert checked & {case.name for case in operation.cases}, operation.name
     assert {row["tier"] for row in timed} == {"quick", "slow"}
     names = {row["contestant"] for row in timed}
-    assert {"torch.compile max-autotune", "eager PyTorch", peers.OURS} <= names
+    assert {"torch.compile max-autotune", "eager PyTorch", OURS} <= names
     absent = [row for row in rows if row["kind"] == "timing" and row["status"] == "unavailable"]
     assert absent and all(row["reason"] for row in absent)
     assert "a dry run" in (folder / "summary.md").read_text(encoding="utf-8")
@@ -98,6 +105,7 @@ def run_pool(
     workers: int = 1,
     seconds: float = 30.0,
     retry: bool = False,
+    shares: dict[str, float] | None = None,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]], list[Task]]:
     rows: list[dict[str, Any]] = []
     lost: list[tuple[str, str, str]] = []
@@ -112,8 +120,12 @@ def run_pool(
         rows.append,
         on_lost,
         command=(sys.executable, "-S", "-c", STAND_IN),
+        shares=shares or {},
     )
-    tasks = [Task(name, {"do": name}, silence_s=1.0 if name == "hang" else 20.0) for name in names]
+    tasks = [
+        Task(name, {"do": name}, silence_s=1.0 if name == "hang" else 20.0, group=name[0])
+        for name in names
+    ]
     left = pool.run(tasks, time.monotonic() + seconds)
     return rows, lost, left
 
@@ -159,6 +171,13 @@ def test_a_worker_that_cannot_start_is_reported(tmp_path: Path) -> None:
     assert "nothing_of_that_name" in (tmp_path / "log").read_text()
 
 
+def test_a_group_that_used_its_share_waits_for_the_others(tmp_path: Path) -> None:
+    names = ["a1", "a2", "b1", "a3", "b2"]
+    rows, lost, left = run_pool(tmp_path, names, shares={"a": 1e-9})
+    assert [row["do"] for row in rows] == ["a1", "b1", "b2", "a2", "a3"]
+    assert not lost and not left
+
+
 def test_the_most_important_comes_first() -> None:
     checks = plan.correctness_tasks(False, [])
     dtypes = [task.payload["dtype"] for task in checks if task.payload["kind"] == "correctness"]
@@ -166,19 +185,42 @@ def test_the_most_important_comes_first() -> None:
     assert dtypes.index("float16") > 10
     assert {"bfloat16", "float16", "float32"} == set(dtypes)
     assert len({task.name for task in checks}) == len(checks)
+    count = len(OPERATIONS)
     timings = plan.timing_tasks(False, [], None)
-    assert timings[0].payload["problem"] == problems.BASE.name and not timings[0].payload["slow"]
-    assert len(timings) == 2 * len(problems.PROBLEMS)
-    assert [task.payload["slow"] for task in timings[:5]] == [False] * 4 + [True]
+    for tasks in (checks, timings):
+        assert [task.group for task in tasks[:count]] == [op.name for op in OPERATIONS]
+    all_problems = [problem for op in OPERATIONS for problem in op.problems]
+    assert len(timings) == 2 * len(all_problems)
+    first = sum(problem.worth == 0 for problem in all_problems)
+    slow = [task.payload["slow"] for task in timings]
+    assert slow[: 2 * first] == [False] * first + [True] * first
+    named = {target.problem for op in OPERATIONS for target in op.targets}
+    assert named <= {problem.name for problem in all_problems if problem.worth == 0}
+
+
+def test_no_operation_takes_all_the_time() -> None:
+    """Shares make one; a run's first part, measured at its limits, fits into what is left of nine
+    minutes after correctness has taken all that it may, and so does each share."""
+    assert sum(op.share for op in OPERATIONS) == pytest.approx(1.0)
+    shares = plan.timing_shares(300.0)
+    first = [
+        task
+        for task in plan.timing_tasks(False, [], None)
+        if task.payload["limits"]["seconds"] == 3.0
+    ]
+    assert plan.measuring_s(first) <= 0.45 * 300.0
+    for operation in OPERATIONS:
+        quick = [t for t in first if t.group == operation.name and not t.payload["slow"]]
+        assert plan.measuring_s(quick) <= 0.5 * shares[operation.name]
 
 
 def test_a_lost_contestant_is_left_out_of_the_next_try() -> None:
     rows: list[dict[str, Any]] = []
     lost = plan.on_lost(rows.append)
     task = plan.timing_tasks(False, [], None)[0]
-    again = lost(task, f"{peers.FLASH2}, backward", "SIGSEGV")
-    assert again is not None and again.payload["excluded"] == {peers.FLASH2: "SIGSEGV"}
-    assert lost(again, peers.FLASH2, "SIGSEGV") is None  # not for ever
+    again = lost(task, f"{FLASH2}, backward", "SIGSEGV")
+    assert again is not None and again.payload["excluded"] == {FLASH2: "SIGSEGV"}
+    assert lost(again, FLASH2, "SIGSEGV") is None  # not for ever
     assert lost(task, "timing, forward", "silent") is None
     assert [row["kind"] for row in rows] == ["lost", "lost"]
     check = plan.correctness_tasks(False, [])[0]

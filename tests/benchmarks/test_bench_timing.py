@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import roofline
-from benchmarks.problems import BASE, BASE_LAST, END_TO_END, EXPAND, PROBLEMS, by_name
+from benchmarks.operations import OPERATIONS, problem_by_name
+from benchmarks.operations.attention.cases import BASE, BASE_LAST, END_TO_END, EXPAND
 from benchmarks.timing import CudaTimer, Limits, Sample, WallTimer, interleave, quantile, summarise
 
 
@@ -92,10 +94,8 @@ class Device:
         self.queue(0.25)
 
 
-def test_cuda_timer_lengthens_its_spin_until_the_host_is_ahead(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    device = Device()
+def stand_in(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Puts it in torch.cuda's place; returns the milliseconds of each spin."""
 
     class Event:
         at_ms = 0.0
@@ -125,6 +125,14 @@ def test_cuda_timer_lengthens_its_spin_until_the_host_is_ahead(
     monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
     monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: device.host_ms / 1e3)
+    return spins
+
+
+def test_cuda_timer_lengthens_its_spin_until_the_host_is_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device()
+    spins = stand_in(device, monkeypatch)
     timer = CudaTimer()
     sample = timer.sample([device.call] * 4)
     # Behind a spin of 1 ms the device waits for the host; then 1.5 times the queueing's 4 ms.
@@ -134,6 +142,24 @@ def test_cuda_timer_lengthens_its_spin_until_the_host_is_ahead(
     assert not timer.sample([device.call] * 4).host_bound and spins[2:] == [6.0]
     bound = timer.sample([device.call] * 200)
     assert bound.host_bound and spins[-1] == CudaTimer.LONGEST_SPIN_MS
+
+
+def test_calls_that_wait_for_the_device_lengthen_nobodys_spin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A peer that reads a result on the host: no spin gets ahead of it, and it is marked."""
+    device = Device()
+    spins = stand_in(device, monkeypatch)
+
+    def waits() -> None:
+        device.call()
+        device.synchronize()
+
+    timer = CudaTimer()
+    assert not timer.sample([device.call] * 4).host_bound and spins[-1] == 6.0
+    assert timer.sample([waits] * 4).host_bound
+    del spins[:]
+    assert not timer.sample([device.call] * 4).host_bound and spins == [6.0]
 
 
 # BEiT-B, 128 images, 12 heads, 197 tokens, 64 wide, bf16: one of q, k, v or the output is
@@ -185,8 +211,57 @@ def test_data_sheets_go_by_the_longest_name() -> None:
     assert roofline.data_sheet_ceiling("Voodoo 2") is None
 
 
-def test_problems_have_names_of_their_own() -> None:
-    assert len({problem.name for problem in PROBLEMS}) == len(PROBLEMS)
-    assert by_name(BASE.name) is BASE
+# 128·197·768 bf16 elements; a row's mean and 1/σ are two fp32.
+STREAM, ROWS = 128 * 197 * 768 * 2, 128 * 197
+
+
+def work(name: str, direction: Any) -> tuple[int, int]:
+    found = problem_by_name(name)[1].work(direction)
+    return found.flops, found.bytes
+
+
+def test_layer_norm_counts() -> None:
+    # x, branch, y, normed; γ, weight, bias.
+    name, alone = "BEiT-B, residual + LayerNorm", "BEiT-B, LayerNorm alone"
+    assert work(name, "forward") == (0, 4 * STREAM + 3 * 768 * 2 + 8 * ROWS)
+    # dy, dnormed, y, branch; dx, dbranch.
+    assert work(name, "backward") == (0, 6 * STREAM + 3 * 768 * 2 + 8 * ROWS)
+    # x, normed; dnormed, x, dx.
+    assert work(alone, "forward") == (0, 2 * STREAM + 2 * 768 * 2 + 8 * ROWS)
+    assert work(alone, "backward") == (0, 3 * STREAM + 2 * 768 * 2 + 8 * ROWS)
+    # x, branch, y; dy, branch, dbranch: dx is dy.
+    assert work("BEiT-B, residual alone", "forward") == (0, 3 * STREAM + 768 * 2)
+    assert work("BEiT-B, residual alone", "backward") == (0, 3 * STREAM + 768 * 2)
+
+
+def test_masked_head_counts() -> None:
+    # 9,600 rows of 768 against 8,192 classes: 121 GFLOP a product, 0.454 ms of them at 798 TFLOP/s.
+    product, weights, rows = 2 * 9600 * 768 * 8192, 769 * 8192 * 2, 9600 * 768 * 2
+    forward = rows + weights + 2 * 8 * 9600 + 4
+    name = "BEiT-B, masked head's loss"
+    assert work(name, "no gradient") == (product, forward)
+    assert work(name, "both") == (3 * product, forward + rows + 2 * weights + STREAM)
+    selected = work(f"{name}, rows selected", "both")
+    assert selected == (3 * product, forward - 8 * 9600 + 2 * rows + 2 * weights)
+    problem = problem_by_name(name)[1]
+    assert list(problem.kernel_bytes.values()) == [2 * 9600 * 8192 * 2]
+
+
+def test_argmax_and_embedding_counts() -> None:
+    flops = 2 * 9600 * 2048 * 8192
+    moved = (9600 * 2048 + 8192 * 2049) * 2 + 8 * 9600
+    assert work("tokenizer head, 9,600 rows", "forward") == (flops, moved)
+    # 121 of 196 patches of 768 pixels; 197 tokens; weight, bias, CLS and mask token; int32 slots.
+    flops = 2 * 128 * 121 * 768 * 768
+    moved = 128 * 121 * 768 * 2 + STREAM + (768 + 3) * 768 * 2 + 4 * 128 * 75
+    for direction in ("forward", "backward"):
+        assert work("BEiT-B, patch embedding", direction) == (flops, moved)
+
+
+def test_problems_and_cases_have_names_of_their_own() -> None:
+    problems = [problem.name for operation in OPERATIONS for problem in operation.problems]
+    cases = [case.name for operation in OPERATIONS for case in operation.cases]
+    assert len(set(problems)) == len(problems) and len(set(cases)) == len(cases)
+    assert problem_by_name(BASE.name) == (OPERATIONS[0], BASE)
     with pytest.raises(ValueError, match="BEiT-L"):
-        by_name("BEiT-XXL")
+        problem_by_name("BEiT-XXL")

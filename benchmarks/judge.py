@@ -10,10 +10,15 @@ a handful of sums, a whole eps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from benchmarks.call import Call
 
 NORM_FACTOR = 2.0
 PEAK_FACTOR = 3.0
@@ -72,3 +77,51 @@ def judge(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> Ver
             f"{plain_peak:.2e}"
         )
     return Verdict(norm, plain_norm, peak, plain_peak, not reason, reason)
+
+
+@dataclass
+class Judgement:
+    """Of all results of a call: why it fails, if it does, and what to show of it."""
+
+    reasons: list[str]
+    worst_ratio: float | None = None
+    """The largest error in multiples of plain PyTorch's, where they are compared."""
+    tensors: dict[str, dict[str, object]] = field(default_factory=dict)
+
+
+def judge_results(
+    call: Call, ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> Judgement:
+    """`judge` for each of our results, with the slack of the call's least precise input."""
+    dtype = coarsest([*call.leaves.values(), *call.douts.values()])
+    return gathered(
+        ours, truth, {name: judge(ours[name], plain[name], truth[name], dtype) for name in ours}
+    )
+
+
+def judge_in_own_precision(
+    call: Call, ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> Judgement:
+    """`judge` for each of our results, with the slack of its own precision."""
+    return gathered(
+        ours,
+        truth,
+        {name: judge(x, plain[name], truth[name], x.dtype) for name, x in ours.items()},
+    )
+
+
+def gathered(
+    ours: Mapping[str, Tensor], truth: Mapping[str, Tensor], verdicts: Mapping[str, Verdict]
+) -> Judgement:
+    missing = [name for name in truth if name.startswith("d") and name not in ours]
+    reasons = [f"{name}: {found.reason}" for name, found in verdicts.items() if not found.passed]
+    reasons += [f"{name}: missing" for name in missing]
+    ratios = [v.norm / v.plain_norm if v.plain_norm else 0.0 for v in verdicts.values()]
+    tensors = {name: verdict.as_row() for name, verdict in verdicts.items()}
+    return Judgement(reasons, max(ratios, default=0.0), tensors)
+
+
+def coarsest(tensors: list[Tensor]) -> torch.dtype:
+    """The dtype with the largest rounding."""
+    dtypes: list[Any] = [tensor.dtype for tensor in tensors]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
