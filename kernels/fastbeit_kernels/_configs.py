@@ -37,7 +37,9 @@ class AttentionConfig:
     """Tiles of the three kernels.
 
     ``key_programs``: programs that the dK/dV kernel is cut into, at most. More fill the GPU better;
-    fewer mean fewer slices of dBias to write and to sum.
+    fewer mean fewer slices of dBias to write and to sum. ``whole_row``: for few enough keys
+    (``whole_row_tile``) the forward holds whole rows of scores under this tile; None: it goes
+    through the keys block by block at every length, under ``forward``.
     """
 
     forward: Tile
@@ -45,6 +47,7 @@ class AttentionConfig:
     keys: Tile
     key_programs: int
     source: str = COMPILED
+    whole_row: Tile | None = None
 
 
 # Registers and spills, BEiT-B's heads with bias, bf16, Triton 3.7.1.
@@ -55,6 +58,9 @@ class AttentionConfig:
 #   multiprocessors.
 HOPPER = AttentionConfig(Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), 264)
 HOPPER_WIDE = AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), 264)
+#   Whole rows of scores take 1,800 instructions a warp instead of 2,234, and 196 registers: eight
+#   warps a multiprocessor instead of sixteen. Which weighs more is for the tuning command to say.
+WHOLE_ROW = {("sm_90", 16): Tile(128, 64, 8, 1)}
 #   sm_100: forward 122, dQ 119, dK/dV 254. By blocks of 64 keys the forward needs 8 to 16 bytes of
 #   stack in one call or another, with two stages or three, with Triton 3.6.0, 3.7.1 and 3.9.0; by
 #   32 it needs none. 296 programs are two rounds of the B200's 148 multiprocessors.
@@ -97,6 +103,18 @@ def family_of(capability: tuple[int, int]) -> str:
 def attention_config(family: str, bits: int, padded_width: int) -> AttentionConfig:
     """The entry for elements of ``bits`` and heads ``padded_width`` wide (a power of two)."""
     return ATTENTION[family, bits, max(64, padded_width)]
+
+
+def whole_row_tile(config: AttentionConfig, keys: int) -> Tile | None:
+    """The tile of the whole-row forward if it is chosen and serves ``keys``; else None.
+
+    Up to three blocks and a half: four blocks of 64 keys spill (255 registers, 24 bytes of stack
+    on sm_90). Below one block, rows are whole in the other kernel too.
+    """
+    tile = config.whole_row
+    if tile is None or not tile.columns <= keys <= tile.columns * 7 // 2:
+        return None
+    return tile
 
 
 def bias_slices(config: AttentionConfig, batch: int, heads: int, keys: int) -> int:

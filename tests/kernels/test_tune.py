@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from fastbeit_kernels._tune.candidates import PARTS, launches_of, make_problem, 
 from fastbeit_kernels._tune.timing import Timing, summary
 
 SMALL = Shape("small", 3, 2, 17, 17, 16)
+BY_ROWS = (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1))
 MACHINE = search.Machine("Stand-in GPU", "sm_90", "sm_90", 10)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
@@ -29,6 +31,9 @@ pytestmark = [
 def test_candidates(family, bits) -> None:
     for part in PARTS:
         found = tiles(part, family, bits, 64)
+        if part == "whole_row":
+            assert set(found) == ({None, *BY_ROWS} if bits == 16 else {None})
+            continue
         assert found[0] == getattr(attention_config(family, bits, 64), part)
         assert len(found) == len(set(found)) >= 18
         capped = {tile.maxnreg for tile in found[1:]} - {None}
@@ -45,7 +50,9 @@ def test_a_tile_goes_into_its_own_part() -> None:
         assert getattr(changed, part) == tile
         for other in set(PARTS) - {part}:
             assert getattr(changed, other) == getattr(base, other)
-    with pytest.raises(ValueError, match="part must be one of forward, queries, keys, got 'all'"):
+    with pytest.raises(
+        ValueError, match="part must be one of forward, whole_row, queries, keys, got 'all'"
+    ):
         with_tile(base, "all", tile)
 
 
@@ -59,12 +66,12 @@ def stand_in_compiler(jobs, workers):
     for job in jobs:
         yield (
             job,
-            ["spills: 8 bytes of stack"] if (job.tile.rows, job.tile.columns) == (32, 16) else [],
+            ["spills: 8 bytes of stack"] if job.tile == Tile(32, 16, 2, 1) else [],
         )
 
 
 def stand_in_timer(contestants, seconds):
-    """Says that small tiles of few warps and two slices of dBias are fastest."""
+    """Says that small tiles of few warps, whole rows and two slices of dBias are fastest."""
     timings = []
     contestants[-1][-1]()
     for calls in contestants:
@@ -72,6 +79,7 @@ def stand_in_timer(contestants, seconds):
         launches = calls[0].args[0]
         sizes = launches[0].constants
         ms = sizes["ROWS"] * sizes["COLUMNS"] / 1000 + launches[0].warps / 1e5
+        ms -= "BLOCKS" in sizes and 1e-5
         if "slices" in launches[0].arguments:
             ms += abs(launches[0].arguments["slices"] - 2) / 1e6
         timings.append(Timing(ms, ms - 0.01, ms + 0.01, 7))
@@ -93,8 +101,9 @@ def test_the_fastest_that_is_sound_and_right_is_chosen(monkeypatch, capsys) -> N
     # Ten multiprocessors: 10, 20, 30, 40 programs and the frozen number; 17 keys are two blocks
     # of each of two heads, and the batch of three ends the slices at three.
     assert config.key_programs == 10
-    assert said.count("Tile(32, 16, 2, 1): spills: 8 bytes of stack") == 3
-    assert said.count("3 of 4 candidates are left") == 3
+    assert config.whole_row == Tile(16, 16, 1, 1)
+    assert said.count("Tile(32, 16, 2, 1): spills: 8 bytes of stack") == 4
+    assert said.count("3 of 4 candidates are left") == 4
     assert "0.2560 ms (0.2460 to 0.2660, n=7)  Tile(16, 16, 1, 1)" in said
     assert "WRONG" not in said
     assert "Stand-in GPU" in config.source and "forward 0.2560 ms" in config.source
@@ -114,7 +123,8 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch, capsys) -> None:
     monkeypatch.setattr(search, "results", results)
     config, said = run_tune(monkeypatch, capsys)
     assert (config.forward, config.queries, config.keys) == (Tile(16, 32, 2, 1),) * 3
-    assert said.count("Tile(16, 16, 1, 1): WRONG") == 3
+    assert said.count("Tile(16, 16, 1, 1): WRONG") == 4
+    assert config.whole_row is None
 
 
 def test_nothing_left_keeps_the_frozen_choice(monkeypatch, capsys) -> None:
@@ -129,16 +139,17 @@ def test_nothing_left_keeps_the_frozen_choice(monkeypatch, capsys) -> None:
     assert (
         with_tile(config, "keys", config.keys).forward == attention_config("sm_90", 32, 64).forward
     )
-    assert capsys.readouterr().out.count("nothing to time") == 3
+    assert capsys.readouterr().out.count("nothing to time") == 4
 
 
 def test_what_is_printed_is_an_entry() -> None:
     tiles = Tile(1, 2, 3, 4, 128), Tile(5, 6, 7, 8), Tile(9, 10, 11, 12)
-    config = AttentionConfig(*tiles, 13, 'a "b"')
-    text = search.entry("sm_90", 16, 64, config)
+    plain = AttentionConfig(*tiles, 13, 'a "b"')
     names = {"AttentionConfig": AttentionConfig, "Tile": Tile}
-    assert eval("{\n" + text + "\n}", names) == {("sm_90", 16, 64): config}
-    assert set(eval("{\n" + text + "\n}", names)) <= set(_configs.ATTENTION)
+    for config in (plain, dataclasses.replace(plain, whole_row=Tile(14, 15, 16, 17))):
+        text = search.entry("sm_90", 16, 64, config)
+        assert eval("{\n" + text + "\n}", names) == {("sm_90", 16, 64): config}
+        assert set(eval("{\n" + text + "\n}", names)) <= set(_configs.ATTENTION)
 
 
 def test_problems_are_laid_out_as_in_training() -> None:
@@ -150,9 +161,13 @@ def test_problems_are_laid_out_as_in_training() -> None:
     names = {part: [one.kernel.__name__ for one in found] for part, found in launches.items()}
     assert names == {
         "forward": ["attention_forward"],
+        "whole_row": ["attention_forward"],
         "queries": ["attention_backward_queries"],
         "keys": ["attention_backward_keys", "bias_gradient_sum"],
     }
+    config = dataclasses.replace(config, whole_row=BY_ROWS[0])
+    found = [launches_of(part, problem, config)[0].kernel.__name__ for part in PARTS[:2]]
+    assert found == ["attention_forward", "attention_forward_rows"]
     first, second = (make_problem(SMALL, torch.float32, "cpu", seed) for seed in (0, 1))
     assert not torch.equal(first.q, second.q) and bool(first.dout.std() > 0.5)
 

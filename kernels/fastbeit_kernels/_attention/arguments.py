@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._configs import AttentionConfig, Tile, attention_config, bias_slices, family_of
+from .._configs import (
+    AttentionConfig,
+    Tile,
+    attention_config,
+    bias_slices,
+    family_of,
+    whole_row_tile,
+)
 from .._launch import Launch
-from . import backward_keys, backward_queries, forward
+from . import backward_keys, backward_queries, forward, forward_rows
 
 SUM_BLOCK = 1024
 
@@ -97,7 +104,7 @@ def forward_launch(
     scale: float,
     config: AttentionConfig,
 ) -> Launch:
-    """q, k, v, bias as the operators take them (``ops.py``) → the forward kernel's launch."""
+    """q, k, v, bias as the operators take them (``ops.py``) → the launch of one forward kernel."""
     keys = k.shape[1]
     # Absent tensors are never read, but a kernel needs a pointer.
     arguments = {
@@ -117,14 +124,14 @@ def forward_launch(
         "keys": keys,
         "scale": scale,
     }
-    constants = _constants(q, bias, positions) | _blocks(config.forward, keys)
-    return _launch(
-        forward.attention_forward,
-        arguments,
-        constants,
-        _row_programs(q, config.forward),
-        config.forward,
-    )
+    tile, kernel = config.forward, forward.attention_forward
+    constants = _constants(q, bias, positions)
+    whole_row = whole_row_tile(config, keys)
+    if whole_row is not None:
+        tile, kernel = whole_row, forward_rows.attention_forward_rows
+        constants["BLOCKS"] = keys // tile.columns
+    constants |= _blocks(tile, keys)
+    return _launch(kernel, arguments, constants, _row_programs(q, tile), tile)
 
 
 def query_gradient_launch(

@@ -1,10 +1,10 @@
-"""Forward kernels: softmax(scale * Q Kᵀ + bias) V and the log-sum-exp of each row of scores.
+"""Forward kernel: softmax(scale * Q Kᵀ + bias) V and the log-sum-exp of each row of scores.
 
-A program serves one block of query rows of one head of one image. ``attention_forward_rows`` holds
-a whole row of scores in registers (up to 256 keys, in tiles of falling powers of two: 197 keys are
-128 + 64 + 16, so that 208 columns are computed and not 256) and takes the softmax once.
-``attention_forward`` goes through the keys block by block and rescales (Dao et al.,
-arXiv 2205.14135), for any length.
+A program serves one block of query rows of one head of one image. It goes through the keys block by
+block and rescales what it has to each new largest score (Dao et al., arXiv 2205.14135), so it
+serves any length; the last block is as narrow as the keys that are left allow (197 keys are 64 + 64
++ 64 + 16, so that 208 columns are computed and not 256). ``forward_rows.py`` is the form for few
+keys that never rescales.
 
 Shapes: q query rows of the block, c key columns of a tile, w head width padded to a power of two.
 Rows without a filled slot (positions -1) and rows whose scores are all -inf give zeros; their

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from .._attention import arguments as attention
-from .._configs import Tile
+from .._configs import WHOLE_ROW, AttentionConfig, Tile, whole_row_tile
 from .._launch import Launch
 from .record import Record, meta, round_up
 
@@ -87,16 +88,23 @@ def attention_records(
         padded = image_heads * tile[0] * tile[1] * product
         return Record(f"{kernel}: {name}", element, launch, pairs * product, padded, hbm, l2)
 
-    tile = config.forward
-    blocks = -(-queries // tile.rows)
-    yield record(
-        "attention forward",
-        attention.forward_launch(q, k, v, read, positions, out, lse, scale, config),
-        2,
-        (blocks * tile.rows, _padded_keys(keys, tile)),
-        2 * tensor_q + 2 * tensor_k + row_floats + bias_hbm,
-        2 * tensor_q + 2 * tensor_k * blocks + row_floats + bias_l2,
-    )
+    def forward_record(kernel: str, config: AttentionConfig) -> Record:
+        tile = whole_row_tile(config, keys) or config.forward
+        blocks = -(-queries // tile.rows)
+        return record(
+            kernel,
+            attention.forward_launch(q, k, v, read, positions, out, lse, scale, config),
+            2,
+            (blocks * tile.rows, _padded_keys(keys, tile)),
+            2 * tensor_q + 2 * tensor_k + row_floats + bias_hbm,
+            2 * tensor_q + 2 * tensor_k * blocks + row_floats + bias_l2,
+        )
+
+    yield forward_record("attention forward", config)
+    by_rows = dataclasses.replace(config, whole_row=WHOLE_ROW.get((family, size * 8)))
+    if whole_row_tile(by_rows, keys) and not whole_row_tile(config, keys):
+        # Not chosen yet, but there for the tuning command to choose.
+        yield forward_record("attention forward by whole rows", by_rows)
     tile = config.queries
     blocks = -(-queries // tile.rows)
     yield record(

@@ -18,7 +18,7 @@ from .._launch import Launch
 from .._launches import Record
 from .._launches.attention import Shape
 
-PARTS = ("forward", "queries", "keys")
+PARTS = ("forward", "whole_row", "queries", "keys")
 # Programs of the dK/dV kernel for each multiprocessor of the GPU that is tuned on. What is printed
 # and frozen is the product, a number.
 PROGRAMS_PER_SM = (1, 2, 3, 4)
@@ -66,7 +66,9 @@ def make_problem(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -
 def launches_of(part: str, problem: Problem, config: AttentionConfig) -> list[Launch]:
     """What one part of a step launches: a kernel, and for the keys the sum over slices too."""
     p, scale = problem, problem.q.shape[-1] ** -0.5
-    if part == "forward":
+    if part in ("forward", "whole_row"):
+        if part == "forward":
+            config = dataclasses.replace(config, whole_row=None)
         launch = arguments.forward_launch(p.q, p.k, p.v, p.read, None, p.out, p.lse, scale, config)
         return [launch]
     if part == "queries":
@@ -84,15 +86,19 @@ def launches_of(part: str, problem: Problem, config: AttentionConfig) -> list[La
     return [launch, arguments.bias_sum_launch(slices, torch.empty_like(slices[:1]))]
 
 
-def tiles(part: str, family: str, bits: int, width: int) -> list[Tile]:
+def tiles(part: str, family: str, bits: int, width: int) -> list[Tile | None]:
     """The frozen choice first, then every other that could fit.
 
-    Sixteen rows a warp (columns, for the keys' kernel); on sm_100 the tensor cores are not tied to
-    warps, and 128 rows may also take four.
+    None is the forward without whole rows. Sixteen rows a warp (columns, for the keys' kernel); on
+    sm_100 the tensor cores are not tied to warps, and 128 rows may also take four.
     """
-    current: Tile = getattr(attention_config(family, bits, width), part)
+    current: Tile | None = getattr(attention_config(family, bits, width), part)
+    if part == "whole_row":
+        # Its loads are in no loop, so stages mean nothing. The tiles of its keys are 64 wide.
+        others = (None, Tile(128, 64, 8, 1), Tile(64, 64, 4, 1)) if bits == 16 else (None,)
+        return [current, *(tile for tile in others if tile != current)]
     along, across = ((64, 128), (16, 32, 64, 128)) if bits == 16 else ((16, 32, 64), (16, 32))
-    found = [current]
+    found: list[Tile | None] = [current]
     for rows in along:
         warps = {rows // 16} if bits == 16 else {4, 8}
         if family == "sm_100" and rows == 128:
@@ -107,7 +113,10 @@ def tiles(part: str, family: str, bits: int, width: int) -> list[Tile]:
     return found
 
 
-def with_tile(config: AttentionConfig, part: str, tile: Tile) -> AttentionConfig:
+def with_tile(config: AttentionConfig, part: str, tile: Tile | None) -> AttentionConfig:
+    if part == "whole_row":
+        return dataclasses.replace(config, whole_row=tile)
+    assert tile is not None
     match part:
         case "forward":
             return dataclasses.replace(config, forward=tile)
@@ -126,7 +135,7 @@ class Job:
     part: str
     shape: Shape
     dtype: torch.dtype
-    tile: Tile
+    tile: Tile | None
 
     def config(self) -> AttentionConfig:
         from .._inspect.targets import target_of

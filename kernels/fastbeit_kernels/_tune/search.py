@@ -29,7 +29,7 @@ from .timing import Timer, Timing, time_on_gpu
 
 # Two input sets of BEiT-B at batch 128 are larger than the L2 of any GPU there is.
 INPUT_SETS = 2
-RESULTS = {"forward": ("out",), "queries": ("dq",), "keys": ("dk", "dv")}
+RESULTS = {"forward": ("out",), "whole_row": ("out",), "queries": ("dq",), "keys": ("dk", "dv")}
 # Candidates sum in another order: a few roundings of the largest element apart, not more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-5}
 
@@ -48,7 +48,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def survivors(jobs: list[Job], compiler: Compiler, workers: int) -> list[Tile]:
+def survivors(jobs: list[Job], compiler: Compiler, workers: int) -> list[Tile | None]:
     """Tiles that nothing speaks against; says what became of the others."""
     kept = []
     for job, against in compiler(jobs, workers):
@@ -60,7 +60,9 @@ def survivors(jobs: list[Job], compiler: Compiler, workers: int) -> list[Tile]:
     return kept
 
 
-def show(tile: Tile) -> str:
+def show(tile: Tile | None) -> str:
+    if tile is None:
+        return "None"
     cap = "" if tile.maxnreg is None else f", {tile.maxnreg}"
     return f"Tile({tile.rows}, {tile.columns}, {tile.warps}, {tile.stages}{cap})"
 
@@ -129,11 +131,11 @@ def tune(
     config = first.config()
     measured: dict[str, float] = {}
     for part in PARTS:
+        candidates = tiles(part, machine.family, bits, width)
+        if len(candidates) == 1:
+            continue
         say(f"{part}, {dtype}, {shape.model}: compiling")
-        jobs = [
-            Job(machine.arch, part, shape, dtype, tile)
-            for tile in tiles(part, machine.family, bits, width)
-        ]
+        jobs = [Job(machine.arch, part, shape, dtype, tile) for tile in candidates]
         wanted = [results(part, problem, config) for problem in problems]
         kept = []
         for tile in survivors(jobs, compiler, workers):
@@ -184,11 +186,12 @@ def versions() -> str:
 
 def entry(family: str, bits: int, width: int, config: AttentionConfig) -> str:
     """Lines of Python for ``_configs.ATTENTION``."""
-    numbers = ", ".join(show(getattr(config, part)) for part in PARTS)
+    numbers = ", ".join(show(tile) for tile in (config.forward, config.queries, config.keys))
+    rows = "" if config.whole_row is None else f"        whole_row={show(config.whole_row)},\n"
     return (
         f'    ("{family}", {bits}, {width}): AttentionConfig(\n'
         f"        {numbers}, {config.key_programs},\n"
-        f"        {config.source!r},\n"
+        f"        {config.source!r},\n{rows}"
         "    ),  # fmt: skip"
     )
 
