@@ -5,8 +5,6 @@ The operators run the launches made here; the compile report makes the same ones
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +18,9 @@ from .geometry import Geometry
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def config_of(device: torch.device, dtype: torch.dtype, family: str | None = None) -> Any:
+def config_of(
+    device: torch.device, dtype: torch.dtype, family: str | None = None
+) -> EmbeddingConfig:
     """Launch choices for a device (or GPU family) and the projection's dtype; interpreted: a
     Hopper's for 16 bits."""
     bits = dtype.itemsize * 8
@@ -42,7 +42,7 @@ def mark_launch(positions: Tensor, hidden: Tensor, count: Tensor) -> Launch:
     """positions int32 ``[B, M]`` → hidden int32 ``[B, N]``, count int32 ``[B]``."""
     arguments = {
         "positions_ptr": positions,
-        "hidden_ptr": hidden,
+        "flags_ptr": hidden,
         "count_ptr": count,
         "slots": positions.shape[1],
         "patches": hidden.shape[1],
@@ -54,7 +54,7 @@ def mark_launch(positions: Tensor, hidden: Tensor, count: Tensor) -> Launch:
 def order_launch(hidden: Tensor, count: Tensor, listed: Tensor, visible: Tensor) -> Launch:
     """→ listed int32 ``[B * (N + 1)]``, visible int32 ``[1]``."""
     arguments = {
-        "hidden_ptr": hidden,
+        "flags_ptr": hidden,
         "count_ptr": count,
         "order_ptr": listed,
         "visible_ptr": visible,
@@ -98,14 +98,16 @@ def forward_launch(
         **geometry.arguments(),
         "width": out.shape[2],
     }
+    tile = config.forward_tile(
+        wide_images=images.element_size() > read.element_size(), positions=pos_embed is not None
+    )
     constants = {
         **geometry.constants(),
         "BIAS": bias is not None,
         "MASKED": listed is not None,
         "POSITIONS": pos_embed is not None,
-        **_tile(config.forward),
+        **_tile(tile),
     }
-    tile = config.forward
     grid = -(-geometry.batch * geometry.tokens // tile.rows) * -(-out.shape[2] // tile.columns)
     return Launch(forward.embed_tokens, arguments, constants, grid, tile.warps, tile.stages)
 
@@ -176,7 +178,7 @@ def token_sums_launch(
     image_step, token_step, _ = dout.stride()
     arguments = {
         "dout_ptr": dout,
-        "hidden_ptr": dout if hidden is None else hidden,
+        "flags_ptr": dout if hidden is None else hidden,
         "dpos_ptr": dout if dpos is None else dpos,
         "dcls_ptr": dout if dcls is None else dcls,
         "seen_ptr": dout if seen is None else seen,

@@ -1,8 +1,10 @@
 """Backward kernels: the parameters' gradients, without atomics. Images get none.
 
-    dW[d, k]  = Σ over visible tokens of  dout[b, 1 + n, d] pixel[b, n, k]
-    dbias[d]  = Σ over visible tokens of  dout,   dmask[d] = Σ over masked ones,   dcls[d] = Σ_b dout[b, 0]
-    dpos[t]   = Σ_b dout[b, t]
+    dW[d, k]  = Σ over visible tokens (b, n) of  dout[b, 1 + n, d] pixel[b, n, k]
+    dbias[d]  = Σ over visible tokens of  dout[b, 1 + n, d]
+    dmask[d]  = Σ over masked tokens of  dout[b, 1 + n, d]
+    dcls[d]   = Σ over b of  dout[b, 0, d]
+    dpos[t, d] = Σ over b of  dout[b, t, d]
 
 dW is a product as long as the list of visible tokens (``order.py``): shares of it, their number a
 function of shapes and configuration, are summed by programs of their own, and the shares in order.
@@ -59,7 +61,7 @@ def weight_gradient(
     share = tl.program_id(0) // tiles
     d = tl.program_id(0) % tiles // across_tiles * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(0) % across_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    wide = (d < width)[None, :]
+    wide = (d < width)[:, None]
     offsets = pixel_offsets(k, plane_step, line_step, pixel_step, LINES, RUN)
     sums_dk = tl.zeros([ROWS, COLUMNS], tl.float32)
     visible = count_visible(visible_ptr, batch, patches, MASKED)
@@ -67,27 +69,36 @@ def weight_gradient(
     of_each = tl.cdiv(blocks, shares)
     for block in range(share * of_each, tl.minimum(blocks, (share + 1) * of_each)):
         rows = block * DEPTH + tl.arange(0, DEPTH)
-        seen = (rows < visible)[:, None]
+        seen = rows < visible
         named = listed_tokens(rows, order_ptr, batch, patches, MASKED)
         corner = patch_offsets(
             named, patches, across, image_step, line_step, column_step, LINES, PATCH_WIDTH
         )
         image, token = named // (patches + 1), named % (patches + 1)
         dout_rows = image.to(tl.int64) * dout_image + token.to(tl.int64) * dout_token
-        dout_rd = tl.load(dout_ptr + dout_rows[:, None] + d[None, :], mask=seen & wide, other=0.0)
+        # Read as it is multiplied, already turned: a product's left side that is turned behind a
+        # cast would be read from memory in pieces of 4 bytes.
+        douts = dout_ptr + dout_rows[None, :] + d[:, None]
+        dout_dr = tl.load(douts, mask=wide & seen[None, :], other=0.0)
         pixels = images_ptr + corner[:, None] + offsets[None, :]
         if PIXELS % COLUMNS == 0:
-            pixels_rk = tl.load(pixels, mask=seen, other=0.0)
+            pixels_rk = tl.load(pixels, mask=seen[:, None], other=0.0)
         else:
-            pixels_rk = tl.load(pixels, mask=seen & (k < PIXELS)[None, :], other=0.0)
-        sums_dk = dot_add(tl.trans(dout_rd.to(DTYPE)), pixels_rk.to(DTYPE), sums_dk)
+            pixels_rk = tl.load(pixels, mask=seen[:, None] & (k < PIXELS)[None, :], other=0.0)
+        sums_dk = dot_add(dout_dr.to(DTYPE), pixels_rk.to(DTYPE), sums_dk)
     place = (share.to(tl.int64) * width + d)[:, None] * PIXELS + k[None, :]
     tl.store(shares_ptr + place, sums_dk, mask=(d < width)[:, None] & (k < PIXELS)[None, :])
 
 
 @triton.jit
 def weight_sum(
-    shares_ptr, dweight_ptr, elements, shares, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+    shares_ptr,
+    dweight_ptr,
+    elements,
+    shares,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """``[shares, D, K]`` → ``[D, C, p, q]``; CHANNELS > 1: pixels come as (y, x, c)."""
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -106,7 +117,7 @@ def weight_sum(
 @triton.jit
 def token_sums(
     dout_ptr,
-    hidden_ptr,
+    flags_ptr,
     dpos_ptr,
     dcls_ptr,
     seen_ptr,
@@ -138,7 +149,7 @@ def token_sums(
         dout_id = tl.load(base[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
         if MASKED:
             place = image.to(tl.int64) * patches + token - 1
-            hides = tl.load(hidden_ptr + place, mask=(image < batch) & (token > 0), other=0)
+            hides = tl.load(flags_ptr + place, mask=(image < batch) & (token > 0), other=0)
             hidden = (hides > 0)[:, None]
             masked_id += tl.where(hidden, dout_id, 0.0)
             dout_id = tl.where(hidden, 0.0, dout_id)

@@ -22,30 +22,62 @@ class ProductTile:
 class EmbeddingConfig:
     """Tiles of the projection (tokens by width) and of the weight's gradient (width by pixels).
 
+    ``wide_images`` is for images of more bytes than the projection's dtype, which go through
+    registers on their way; ``positions`` for absolute positions, whose tile joins that of the sums.
+
     ``weight_programs``: programs that the gradient is cut into, at most; more shares of the tokens
     fill the GPU better and cost more fp32 to write and to sum.
     """
 
     forward: ProductTile
+    wide_images: ProductTile
+    positions: ProductTile
     weight: ProductTile
     weight_programs: int
     source: str = COMPILED
 
+    def forward_tile(self, *, wide_images: bool, positions: bool) -> ProductTile:
+        if positions:
+            return self.positions
+        return self.wide_images if wide_images else self.forward
 
+
+# The gradient's loads wait for the list of tokens: with five stages the list is read two steps
+# before the pixels, and the pixels two before their product.
 HOPPER = EmbeddingConfig(
-    ProductTile(128, 128, 64, 8, 3), ProductTile(128, 128, 64, 8, 3), weight_programs=264
+    forward=ProductTile(128, 256, 64, 8, 3),
+    wide_images=ProductTile(128, 256, 32, 8, 4),
+    positions=ProductTile(128, 128, 64, 8, 3),
+    weight=ProductTile(128, 256, 32, 8, 5),
+    weight_programs=132,
 )
 BLACKWELL = EmbeddingConfig(
-    ProductTile(128, 128, 64, 8, 3), ProductTile(128, 128, 64, 8, 3), weight_programs=296
+    forward=ProductTile(128, 256, 64, 8, 3),
+    wide_images=ProductTile(128, 256, 32, 8, 4),
+    positions=ProductTile(128, 128, 32, 8, 4),
+    weight=ProductTile(128, 256, 32, 8, 5),
+    weight_programs=148,
 )
 AMPERE = EmbeddingConfig(
-    ProductTile(128, 128, 32, 8, 3), ProductTile(128, 128, 32, 8, 3), weight_programs=216
+    forward=ProductTile(128, 128, 32, 8, 4),
+    wide_images=ProductTile(128, 128, 32, 8, 4),
+    positions=ProductTile(128, 128, 32, 8, 4),
+    weight=ProductTile(128, 128, 32, 8, 5),
+    weight_programs=216,
 )
 AMPERE_SMALL = EmbeddingConfig(
-    ProductTile(128, 128, 32, 8, 3), ProductTile(128, 128, 32, 8, 3), weight_programs=168
+    forward=ProductTile(128, 128, 32, 8, 3),
+    wide_images=ProductTile(128, 128, 32, 8, 3),
+    positions=ProductTile(128, 128, 32, 8, 3),
+    weight=ProductTile(128, 128, 32, 8, 5),
+    weight_programs=164,
 )
 FP32 = EmbeddingConfig(
-    ProductTile(64, 64, 16, 4, 3), ProductTile(64, 64, 16, 4, 3), weight_programs=512
+    forward=ProductTile(64, 64, 16, 4, 3),
+    wide_images=ProductTile(64, 64, 16, 4, 3),
+    positions=ProductTile(64, 64, 16, 4, 3),
+    weight=ProductTile(64, 64, 16, 4, 5),
+    weight_programs=528,
 )
 
 CONFIGS: dict[tuple[str, int], EmbeddingConfig] = {

@@ -115,7 +115,7 @@ def embed_tokens(
             tokens_rd = dot_add(pixels_rk.to(read_kd.dtype), read_kd, tokens_rd)
         if BIAS:
             tokens_rd += tl.load(bias_ptr + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-        # Named again: addresses kept through the products would cost a fifth of the registers.
+        # Named again: 16 addresses kept through the products would cost a thread 32 registers.
         named = listed_tokens(rows, order_ptr, batch, patches, MASKED)
         inside = (rows < visible)[:, None] & there
         if POSITIONS:

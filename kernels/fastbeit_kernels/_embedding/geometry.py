@@ -1,9 +1,9 @@
 """Where the pixels of a patch lie in memory, whatever the images' memory format.
 
-A patch is K = C * p * q pixels in an order of our choice: as the weight lies in memory (c, y, x), or
-(y, x, c) where images are channels-last, so that either way the pixels that follow one another are
+A patch is K = C * p * q pixels in an order of our choice: (c, y, x), as the weight lies in memory,
+or (y, x, c) where images are channels-last. Either way the pixels that follow one another are
 neighbours in memory, and a thread takes 16 bytes of them at once. Both orders are planes of p lines
-of a run: q pixels of one colour and C planes, or q pixels of all colours and one plane.
+of a run: C planes with runs of q pixels of one colour, or one plane with runs of q pixels of all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 READ_STEP = 64
-"""Rows of the weight's copy are padded to a multiple of this, which every depth of a step divides."""
+"""The weight's rows are padded to a multiple of this, which every depth of a step divides."""
 
 
 @triton.jit

@@ -13,14 +13,14 @@ import triton.language as tl
 
 
 @triton.jit
-def mark_hidden(positions_ptr, hidden_ptr, count_ptr, slots, patches, BLOCK: tl.constexpr):
+def mark_hidden(positions_ptr, flags_ptr, count_ptr, slots, patches, BLOCK: tl.constexpr):
     """positions ``[B, M]`` → hidden 0 or 1 ``[B, N]``, count of visible ones ``[B]``.
 
     Positions outside 0 to N - 1 hide nothing. Repeats write the same number.
     """
     image = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    hidden = hidden_ptr + image * patches
+    hidden = flags_ptr + image * patches
     for start in range(0, patches, BLOCK):
         tl.store(hidden + start + lanes, tl.zeros([BLOCK], tl.int32), mask=start + lanes < patches)
     tl.debug_barrier()
@@ -36,10 +36,8 @@ def mark_hidden(positions_ptr, hidden_ptr, count_ptr, slots, patches, BLOCK: tl.
 
 
 @triton.jit
-def order_tokens(
-    hidden_ptr, count_ptr, order_ptr, visible_ptr, batch, patches, BLOCK: tl.constexpr
-):
-    """hidden ``[B, N]``, count ``[B]`` → order ``[B * (N + 1)]``, visible ``[1]``: where it ends."""
+def order_tokens(flags_ptr, count_ptr, order_ptr, visible_ptr, batch, patches, BLOCK: tl.constexpr):
+    """hidden ``[B, N]``, count ``[B]`` → order ``[B * (N + 1)]``, visible ``[1]``, their sum."""
     image = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     before_l = tl.zeros([BLOCK], tl.int32)
@@ -59,7 +57,7 @@ def order_tokens(
         patch = start + lanes
         inside = patch < patches
         places = image.to(tl.int64) * patches + patch
-        hides = tl.load(hidden_ptr + places, mask=inside, other=0)
+        hides = tl.load(flags_ptr + places, mask=inside, other=0)
         sees = tl.where(inside, 1 - hides, 0)
         token = first + 1 + patch
         # cumsum counts the lane itself too.

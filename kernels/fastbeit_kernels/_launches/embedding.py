@@ -34,14 +34,17 @@ class Shape:
             "fp32 images": self.wide_images,
             "absolute positions": self.positions,
         }
-        return ", ".join([self.model, *(words for words, holds in said.items() if holds)])
+        chosen = (words for words, holds in said.items() if holds)
+        return ", ".join([self.model, f"{SLOTS} masked", *chosen])
 
 
 TRAINING = (Shape("BEiT-B", 128, 768), Shape("BEiT-L", 64, 1024))
 # Mixed precision keeps tokens in fp32, and pixels where the augmentation left them.
 MIXED = (
     Shape("BEiT-B", 128, 768, wide_tokens=True, wide_images=True),
-    Shape("BEiT-B", 128, 768, channels_last=True, wide_tokens=True, positions=True),
+    Shape(
+        "BEiT-B", 128, 768, channels_last=True, wide_tokens=True, wide_images=True, positions=True
+    ),
 )
 
 
@@ -63,9 +66,7 @@ def embedding_records(family: str, shape: Shape, dtype: torch.dtype) -> Iterator
     listed = meta(batch * tokens, dtype=torch.int32)
     out = meta(batch, tokens, width, dtype=token_dtype)
     config = arguments.config_of(images.device, dtype, family)
-    shares = meta(
-        arguments.shares_for(config, width, geometry), width, pixels, dtype=torch.float32
-    )
+    shares = meta(arguments.shares_for(config, width, geometry), width, pixels, dtype=torch.float32)
     dweight = meta(width, 3, PATCH, PATCH, dtype=torch.float32)
     seen, masked = (meta(patches, width, dtype=torch.float32) for _ in range(2))
     sums = meta(width, dtype=torch.float32)
@@ -91,7 +92,7 @@ def embedding_records(family: str, shape: Shape, dtype: torch.dtype) -> Iterator
         moved + batch * batch * 4,
     )  # fmt: skip
 
-    tile = config.forward
+    tile = config.forward_tile(wide_images=shape.wide_images, positions=shape.positions)
     row_tiles, column_tiles = -(-rows // tile.rows), -(-width // tile.columns)
     padded = row_tiles * tile.rows
     yield Record(
