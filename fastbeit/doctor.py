@@ -112,6 +112,7 @@ def will_run() -> list[str]:
     import torch
 
     from fastbeit.data.backend import choose_backend
+    from fastbeit.training.backends import kernels_note
 
     gpu = environment.gpu()
     device = torch.device("cuda" if gpu.usable else "cpu")
@@ -120,7 +121,7 @@ def will_run() -> list[str]:
         f"precision: bf16 unless the recipe says fp32 ({environment.precision().text})",
         choose_backend("auto", device)[1],
         "optimizer: PyTorch's fused AdamW unless --optimizer apex",
-        "kernels: the PyTorch reference (this version has no Triton kernels)",
+        f"kernels: {kernels_note('auto', device)}",
     ]
 
 

@@ -258,8 +258,8 @@ def apex() -> Finding:
 
 
 def xformers() -> Finding:
-    """xformers, a baseline in benchmarks; training never uses it."""
+    """xformers, for ``--attention xformers`` on a GPU and as a baseline in benchmarks."""
     version = version_of("xformers")
     if version is None:
-        return Finding("xformers", "absent", "not installed; only benchmarks compare with it")
-    return Finding("xformers", "ok", f"{version}; only benchmarks use it")
+        return Finding("xformers", "absent", "not installed; nothing needs it")
+    return Finding("xformers", "ok", f"{version}; for --attention xformers")

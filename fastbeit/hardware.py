@@ -14,6 +14,7 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
+CPUS = Path("/sys/devices/system/cpu")
 
 
 def _read(path: Path) -> str:
@@ -33,6 +34,20 @@ def usable_cores() -> float:
     if len(quota) == 2 and quota[0] != "max":
         cores = min(cores, int(quota[0]) / int(quota[1]))
     return cores
+
+
+def physical_cores() -> float:
+    """Cores this process may use, the two threads of one core counted once."""
+    cores = usable_cores()
+    try:
+        numbers = os.sched_getaffinity(0)
+    except AttributeError:
+        return cores
+    siblings = {
+        _read(CPUS / f"cpu{number}" / "topology" / "thread_siblings_list") or str(number)
+        for number in numbers
+    }
+    return min(cores, float(len(siblings)))
 
 
 def memory_bytes() -> int | None:

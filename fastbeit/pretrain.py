@@ -28,7 +28,9 @@ from fastbeit.data.bad import TooManyBadSamples
 from fastbeit.model import BeitForMim
 from fastbeit.tokenizer import load_tokenizer
 from fastbeit.training import checkpoint, control, distributed, ending, layout, setup
+from fastbeit.training.backends import settle_backends
 from fastbeit.training.chance import PositionalStats
+from fastbeit.training.compiling import compile_blocks
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import mfu_meter
 from fastbeit.training.finish import finish_run
@@ -71,12 +73,14 @@ def train(
     lock = setup.lock_run(run_dir, world)  # held until this function returns
     saved = setup.open_run(config, world)
     asked, config = config, setup.settle_precision(config, world.device)
+    backends, notes = settle_backends(config, world.device)
     distributed.seed_everything(config.run.seed)
     source = setup.in_turn(world, lambda: open_source(config.data.data))
     tokenizer = load_tokenizer(
         config.tokenizer.tokenizer,
         device=world.device,
         dtype=setup.DTYPES[config.tokenizer.tokenizer_precision],
+        impl=config.run.kernels,
     )
     views = setup.view_spec(config, tokenizer)
     plan = config.plan_spec()
@@ -86,10 +90,8 @@ def train(
     micro_batch, accumulation, batch_note = layout.resolve_batch(config, world.size)
 
     # 2. Model and optimizer, the same on every rank, spread by FSDP2.
-    model = BeitForMim(config.model, seed=config.run.seed).to(world.device)
-    if config.run.compile:
-        for block in model.blocks:
-            block.compile()
+    model = BeitForMim(config.model, seed=config.run.seed, backends=backends).to(world.device)
+    notes.append(compile_blocks(model, config, world, total_steps))
     mesh = distributed.make_mesh(world, config.run.shard)
     distributed.shard_model(model, mesh, mode=config.run.shard, precision=config.run.precision)
     optimizer = build_optimizer(model, config.optimizer)
@@ -157,7 +159,7 @@ def train(
         max_bad_fraction=config.data.max_bad_fraction,
         max_pixels=config.data.max_pixels,
     )
-    setup.announce(log, config, world, source, tokenizer, loader, batch_note, saved)
+    setup.announce(log, config, world, source, tokenizer, loader, batch_note, notes, saved)
 
     # 4. The loop. Nothing in it waits for the device except where "host sync" says so.
     vote = control.StopVote(world)

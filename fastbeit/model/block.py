@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbeit.model.attention_backends import attend, attend_packed
 from fastbeit.model.backends import AUTO, Backends
 from fastbeit.model.config import BeitConfig
 from fastbeit.model.positions import relative_index, relative_rows
 from fastbeit_kernels import (
     Impl,
-    attention,
-    attention_packed,
     expand_rel_pos_bias,
     scale_residual,
     scale_residual_layer_norm,
@@ -122,24 +121,24 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, bias_HTT: Tensor | None, rows_BM: Tensor | None = None
     ) -> Tensor:
-        impl = self.backends.kernels
+        name = self.backends.attention_name
         if self.relative_position_bias_table is not None:
             bias_HTT = expand_rel_pos_bias(
                 self.relative_position_bias_table,
                 self.relative_position_index,
                 grid=self.grid,
-                impl=impl,
+                impl=self.backends.kernels,
             )
         if rows_BM is None:
             qkv_BT3Hd = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
-            return self.proj(attention_packed(qkv_BT3Hd, bias_HTT, impl=impl).flatten(2))
+            return self.proj(attend_packed(name, qkv_BT3Hd, bias_HTT).flatten(2))
         width = x_BTD.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.packed_bias()
         q = F.linear(gather_rows(x_BTD, rows_BM), weight[:width], bias[:width])
         kv = F.linear(x_BTD, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
         q_BMHd = q.unflatten(-1, (self.heads, -1))
         k_BTHd, v_BTHd = kv.unbind(2)
-        out = attention(q_BMHd, k_BTHd, v_BTHd, bias_HTT, query_positions=rows_BM, impl=impl)
+        out = attend(name, q_BMHd, k_BTHd, v_BTHd, bias_HTT, query_positions=rows_BM)
         return self.proj(out.flatten(2))
 
 

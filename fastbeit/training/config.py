@@ -129,8 +129,13 @@ class RunConfig:
     hybrid: as zero3 inside a node, with copies across nodes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run; auto takes the GPU where there is one."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Who computes the operations of model and tokenizer: auto takes those Triton kernels that a
+    GPU has shown right and faster, PyTorch for the others; triton is an error where it can't."""
+    attention: Literal["auto", "triton", "sdpa", "flex", "xformers", "reference"] = "auto"
+    """Who computes attention; auto: as --kernels. What can't run here is an error."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile each block with torch.compile; auto: where the run repays it, and says why."""
     log_every: Annotated[int, arg(metavar="STEPS")] = 50
     """Steps between two log lines; reading the numbers waits for the device."""
     checkpoint_every: Annotated[int, arg(metavar="STEPS")] = 1000

@@ -27,6 +27,8 @@ WITHOUT_EFFECT = frozenset(
         "run.micro_batch",
         "run.shard",
         "run.device",
+        "run.kernels",
+        "run.attention",
         "run.compile",
         "data.workers",
         "data.prefetch",

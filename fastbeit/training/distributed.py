@@ -26,6 +26,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from fastbeit.training.threads import settle_threads
+
 TIMEOUT = timedelta(minutes=60)
 """Of every collective. A new group's default is 30 minutes, and the first indexing of a large data
 set on rank 0 may take longer."""
@@ -49,6 +51,8 @@ class World:
     storage: dist.ProcessGroup
     """A gloo group of its own for checkpoints: on the training group their collectives would
     interleave with FSDP's."""
+    threads_reason: str
+    """Why a process on the CPU has so many threads; empty on a GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -102,14 +106,16 @@ def start(asked_device: str) -> World:
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=local_size,
         device=device,
         control=_cpu_group(),
         storage=_cpu_group(),
+        threads_reason=settle_threads(device, local_size),
     )
 
 
@@ -157,7 +163,12 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, mode: str, precision: str
     """Apply FSDP2 in place, so that ``model.loss`` runs in ``precision`` from fp32 masters.
 
     The relative-position table is a unit of its own, kept in fp32: in a bf16 unit both the bias and
-    its gradient would be rounded without a word. For the same reason no unit casts its inputs.
+    its gradient would be rounded without a word. For the same reason no unit casts its inputs. A
+    table in each block (``relative_per_block``) belongs to its block's unit and is rounded like its
+    weights.
+
+    Compiled blocks and blocks under activation checkpointing come so to this function: checkpoint,
+    compile, shard, in this order.
     """
     low = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(

@@ -238,12 +238,15 @@ def announce(
     tokenizer: Any,
     loader: Any,
     batch_note: str,
+    notes: list[str],
     saved: checkpoint.Saved | None,
 ) -> None:
     """Say what runs, on what, and why."""
     model, about = config.model, tokenizer.describe()
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    threads = f", {torch.get_num_threads()} threads each" if name == "CPU" else ""
+    threads = ""
+    if world.threads_reason:
+        threads = f", {torch.get_num_threads()} threads each ({world.threads_reason})"
     masked = config.mask.target / math.prod(model.grid)
     log.note(f"run folder: {config.run_dir}")
     log.note(f"device: {world.size} x {name}{threads}, student in {config.run.precision}")
@@ -253,6 +256,8 @@ def announce(
         f"tokenizer: {config.tokenizer.tokenizer}, {about['codes']} codes; up to {masked:.0%} of "
         f"{math.prod(model.grid)} patches masked ({config.mask.strategy})"
     )
+    for note in notes:
+        log.note(note)
     if saved is not None:
         log.note(f"resuming at step {saved.step} from {saved.path}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastbeit.model.attention_backends as attention_module
 import fastbeit.model.block as block_module
 import fastbeit.model.encoder as encoder_module
 import fastbeit.model.mim as mim_module
@@ -17,8 +18,8 @@ CONFIG = BeitConfig(
 POSITIONS = torch.tensor([[0, 5, 9, 15], [2, 3, -1, -1]], dtype=torch.int32)
 TARGETS = torch.tensor([[3, 23, 0, 7], [9, 11, -5, 10**12]])
 OPERATIONS = {
-    "attention": block_module,
-    "attention_packed": block_module,
+    "attention": attention_module,
+    "attention_packed": attention_module,
     "scale_residual_layer_norm": block_module,
     "scale_residual": block_module,
     "expand_rel_pos_bias": positions_module,

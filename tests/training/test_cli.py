@@ -51,7 +51,7 @@ def test_flags_are_flat_but_for_model_and_mask() -> None:
     words = (
         "beit-base-in1k --data some/folder --lr 2e-3 --global-batch 1024 --micro-batch 32 "
         "--crop-scale 0.2 1 --mean 0.5 0.4 0.3 --run-dir out/run --precision fp32 --shard zero2 "
-        "--no-evaluate --compile --model.width 384 --model.heads=6 --model.image-size 192 256 "
+        "--no-evaluate --compile on --model.width 384 --model.heads=6 --model.image-size 192 256 "
         "--model.layer-scale None --mask.target 60 --tokenizer my.safetensors --betas 0.9 0.98"
     )
     config = cli.parse(words.split()).config
@@ -59,7 +59,7 @@ def test_flags_are_flat_but_for_model_and_mask() -> None:
     assert (config.run.global_batch, config.run.micro_batch) == (1024, 32)
     assert (config.data.crop_scale, config.data.mean) == ((0.2, 1.0), (0.5, 0.4, 0.3))
     assert (config.run_dir, config.run.precision) == (Path("out/run"), "fp32")
-    assert (config.run.shard, config.run.evaluate, config.run.compile) == ("zero2", False, True)
+    assert (config.run.shard, config.run.evaluate, config.run.compile) == ("zero2", False, "on")
     assert (config.model.width, config.model.heads, config.model.grid) == (384, 6, (12, 16))
     assert (config.model.layer_scale, config.mask.target) == (None, 60)
     assert (config.tokenizer.tokenizer, config.optimizer.betas) == ("my.safetensors", (0.9, 0.98))
