@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,24 +32,26 @@ def config_of(x: Tensor, family: str | None = None) -> ConvConfig:
     return CONVOLUTION[family, bits]
 
 
-def conv_tile(config: ConvConfig, channels: int, outputs: int) -> ConvTile:
-    tile = config.narrow if outputs <= 64 else config.wide
-    return _fitted(tile, channels, outputs)
+def conv_tile(config: ConvConfig, weight: Tensor) -> ConvTile:
+    outputs, channels, side, _ = weight.shape
+    if side == 1:
+        return _fitted(config.pointwise, channels, outputs, side)
+    return _fitted(config.narrow if outputs <= 64 else config.wide, channels, outputs, side)
 
 
-def fused_tile(config: ConvConfig, channels: int, hidden: int, outputs: int) -> ConvTile:
+def fused_tile(config: ConvConfig, weight: Tensor, outputs: int) -> ConvTile:
+    hidden, channels, side, _ = weight.shape
     tile = config.fused if hidden <= 64 else config.fused_wide
-    return _fitted(tile, channels, outputs)
+    return _fitted(tile, channels, outputs, side)
 
 
-def _fitted(tile: ConvTile, channels: int, outputs: int) -> ConvTile:
-    """No wider than the tensors, padded."""
-    return ConvTile(
-        tile.pixels,
-        min(tile.outputs, padded_to_power_of_two(outputs)),
-        min(tile.depth, padded_to_power_of_two(channels)),
-        tile.warps,
-        tile.stages,
+def _fitted(tile: ConvTile, channels: int, outputs: int, side: int) -> ConvTile:
+    """No wider than the tensors, padded; rows together only where they are chosen for, at 3 x 3."""
+    return replace(
+        tile,
+        rows=tile.rows if side == 3 else 1,
+        outputs=min(tile.outputs, padded_to_power_of_two(outputs)),
+        depth=min(tile.depth, padded_to_power_of_two(channels)),
     )
 
 
@@ -58,11 +61,12 @@ def _strides(name: str, tensor_BCHW: Tensor | None) -> dict[str, int]:
 
 
 def pixel_tiles(x: Tensor, tile: ConvTile) -> int:
-    return -(-x.shape[0] * x.shape[2] * x.shape[3] // tile.pixels)
+    places = x.shape[0] * -(-x.shape[2] // tile.rows) * x.shape[3]
+    return -(-places // tile.pixels)
 
 
 def _shared(
-    x: Tensor, residual: Tensor | None, out: Tensor, gain: float
+    x: Tensor, residual: Tensor | None, out: Tensor, gain: float, tile: ConvTile
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants of both kernels. Absent tensors need a pointer all the same."""
     images, channels, height, width = x.shape
@@ -75,12 +79,17 @@ def _shared(
         "images": images,
         "height": height,
         "width": width,
+        "chunks": -(-channels // tile.depth),
         "gain": gain,
     }
     constants = {
         "CHANNELS": channels,
         "OUTPUTS": out.shape[1],
         "RESIDUAL": residual is not None,
+        "PIXELS": tile.pixels,
+        "ROWS": tile.rows,
+        "TILE_OUTPUTS": tile.outputs,
+        "DEPTH": tile.depth,
     }
     return arguments, constants
 
@@ -98,20 +107,17 @@ def conv_launch(
     config: ConvConfig,
 ) -> Launch:
     """x, weight, residual channels-last ([B, C, H, W], [O, C, k, k], [B, O, H, W]), out dense."""
-    tile = conv_tile(config, x.shape[1], weight.shape[0])
-    arguments, constants = _shared(x, residual, out, gain)
+    tile = conv_tile(config, weight)
+    arguments, constants = _shared(x, residual, out, gain, tile)
     arguments |= {"filter_ptr": weight, "bias_ptr": weight if bias is None else bias}
     constants |= {
         "SIDE": weight.shape[-1],
         "BIAS": bias is not None,
         "RELU_INPUT": relu_input,
         "RELU_OUTPUT": relu_output,
-        "PIXELS": tile.pixels,
-        "TILE_OUTPUTS": tile.outputs,
-        "DEPTH": tile.depth,
     }
     grid = pixel_tiles(x, tile) * -(-weight.shape[0] // tile.outputs)
-    return Launch(kernels.conv, arguments, constants, grid, tile.warps, tile.stages)
+    return Launch(kernels.conv, arguments, constants, grid, tile.warps, tile.stages, tile.maxnreg)
 
 
 def conv_pointwise_launch(
@@ -129,13 +135,14 @@ def conv_pointwise_launch(
 ) -> Launch:
     """As above; pointwise_weight [O, hidden, 1, 1]."""
     hidden = weight.shape[0]
-    tile = fused_tile(config, x.shape[1], hidden, pointwise_weight.shape[0])
-    arguments, constants = _shared(x, residual, out, gain)
+    tile = fused_tile(config, weight, pointwise_weight.shape[0])
+    arguments, constants = _shared(x, residual, out, gain, tile)
     arguments |= {
         "filter_ptr": weight,
         "bias_ptr": weight if bias is None else bias,
         "pointwise_ptr": pointwise_weight,
         "pointwise_bias_ptr": weight if pointwise_bias is None else pointwise_bias,
+        "outputs_all": pointwise_weight.shape[0],
     }
     constants |= {
         "HIDDEN": hidden,
@@ -143,10 +150,9 @@ def conv_pointwise_launch(
         "BIAS": bias is not None,
         "POINTWISE_BIAS": pointwise_bias is not None,
         "RELU_OUTPUT": relu_output,
-        "PIXELS": tile.pixels,
         "PADDED_HIDDEN": padded_to_power_of_two(hidden),
-        "TILE_OUTPUTS": tile.outputs,
-        "DEPTH": tile.depth,
     }
     grid = pixel_tiles(x, tile)
-    return Launch(kernels.conv_pointwise, arguments, constants, grid, tile.warps, tile.stages)
+    return Launch(
+        kernels.conv_pointwise, arguments, constants, grid, tile.warps, tile.stages, tile.maxnreg
+    )
