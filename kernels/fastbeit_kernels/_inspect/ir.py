@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
-RESULT = re.compile(r"^(%[\w.$-]+)(?::(\d+))? = (.*)$")
+RESULT = re.compile(r"^(%[\w.$-]+)(?::(\d+))?((?:, %[\w.$-]+)*) = (.*)$")
 NAME = re.compile(r'^"?([a-z_]\w*(?:\.\w+)+)"?')
 SHAPE = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)(!tt\.ptr<\w+|\w+)(?:>?, (#[\w.]+))?")
 PRODUCTS = ("tt.dot", "tt.dot_scaled", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
@@ -73,8 +73,9 @@ class Module:
         results: tuple[str, ...] = ()
         match = RESULT.match(line)
         if match:
-            base, count, line = match[1], match[2], match[3]
+            base, count, more, line = match.groups()
             results = tuple(f"{base}#{i}" for i in range(int(count))) if count else (base,)
+            results += tuple(VALUE.findall(more))
         found = NAME.match(line)
         if not found:
             raise ValueError(f"expected an operation of MLIR, got {line[:100]!r}")

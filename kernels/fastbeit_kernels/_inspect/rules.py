@@ -12,9 +12,10 @@ HALVES = ("bf16 ", "f16 ")
 # the kernel's addressing is wrong.
 WIDE = (
     *("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "w_ptr"),
+    *("input_ptr", "filter_ptr", "pointwise_ptr", "residual_ptr"),
     *("x_ptr", "branch_ptr", "y_ptr", "dy_ptr", "dnormed_ptr", "partials_ptr"),
 )
-ALWAYS_READ = ("q_ptr", "k_ptr", "v_ptr", "w_ptr")
+ALWAYS_READ = ("q_ptr", "k_ptr", "v_ptr", "w_ptr", "input_ptr", "filter_ptr")
 LOAD_BYTES = 16
 
 
