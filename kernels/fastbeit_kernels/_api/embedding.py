@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from .._checks import INTEGERS, check_tensor, embedding_unfit
+from .._checks import INTEGERS, check_tensor, embedding_unfit, rows_unfit
 from .._dispatch import Impl, choose
 
 
@@ -32,8 +32,10 @@ def embed_patches(
 
     Returns:
         ``[B, N + 1, D]`` in the widest dtype of the projection (weight's, to which images are cast)
-        and the tokens and positions. Gradients reach everything but images: the kernels give them
-        none (``impl="auto"``: the reference does). The kernels don't project masked patches.
+        and the tokens and positions. Under autocast the projection is in its dtype instead, and
+        the others stay as they are. Gradients reach everything but images: the kernels give them
+        none (``impl="auto"``: the reference does). The kernels don't project masked patches, and
+        round once, at the end.
     """
     check_tensor("images", images, ("B", "C", "h", "w"))
     check_tensor("weight", weight, ("D", images.shape[1], "p", "q"), like=images)
@@ -56,7 +58,10 @@ def embed_patches(
     if pos_embed is not None:
         tokens = images.shape[2] // patch[0] * (images.shape[3] // patch[1]) + 1
         check_tensor("pos_embed", pos_embed, (tokens, width), like=images)
-    match choose("embed_patches", impl, images, embedding_unfit(images, weight)):
+    unfit = embedding_unfit(images, weight) or rows_unfit(
+        bias=bias, cls_token=cls_token, mask_token=mask_token, pos_embed=pos_embed
+    )
+    match choose("embed_patches", impl, images, unfit):
         case "triton":
             from .._embedding import ops
 

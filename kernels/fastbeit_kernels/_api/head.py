@@ -87,7 +87,9 @@ def linear_argmax(
 ) -> Tensor:
     """argmax over V of ``x [R, D] @ weight [V, D].T + bias [V]`` → int64 ``[R]``; no gradient.
 
-    Scores are compared in fp32, whatever the inputs' dtype; ties go to the lowest index.
+    Scores are compared in fp32, whatever the inputs' dtype and under autocast too; ties go to the
+    lowest index, and NaN is larger than everything. A weight of another dtype is taken in x's (by
+    the reference on a CPU, both in fp32).
     """
     check_tensor("x", x, ("R", "D"))
     check_tensor("weight", weight, ("V", x.shape[1]), like=x)
