@@ -32,7 +32,7 @@ CASES = {
         },
     ),
     "beit, both tables": ("beit.Beit", {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": True}),
-    "vit": ("vision_transformer.VisionTransformer", {"drop_path_rate": 0.4}),
+    "vit": ("vision_transformer.VisionTransformer", {"drop_path_rate": 0.4, "proj_drop_rate": 0.2}),
     "vit, registers": (
         "vision_transformer.VisionTransformer",
         {"reg_tokens": 2, "init_values": 0.1, "class_token": False, "global_pool": "avg"},

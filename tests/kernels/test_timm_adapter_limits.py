@@ -54,6 +54,28 @@ def test_attention_dropout(adapter, make) -> None:
     assert "blocks.0" in report.replaced
 
 
+def test_a_shared_bias_keeps_its_dtype_for_attention_that_stays(adapter) -> None:
+    kind = peer("timm").models.beit.Beit
+    model = randomise(
+        kind(**SIZES, num_classes=5, use_shared_rel_pos_bias=True, attn_drop_rate=0.3)
+    ).bfloat16()
+    with pytest.warns(UserWarning, match="attention dropout"):
+        assert "rel_pos_bias" in adapter.apply(model).replaced
+    assert model.rel_pos_bias().dtype == torch.bfloat16
+    model(images(16, 16).bfloat16()).sum().backward()
+    assert model.rel_pos_bias.relative_position_bias_table.grad.abs().sum() > 0
+
+
+def test_a_wide_scale_widens_the_stream_as_it_does_in_timm(adapter, make) -> None:
+    blocks = make(init_values=0.1).blocks
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = blocks(x)
+        ours = applied(adapter.apply, blocks)(x)
+    assert ours.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=2**-6, atol=2**-6)
+
+
 def test_another_norm(adapter, make) -> None:
     report = apply_and_compare(adapter, make(norm_layer=peer("timm").layers.RmsNorm))
     assert set(report.skipped) == {

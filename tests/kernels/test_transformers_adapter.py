@@ -42,7 +42,7 @@ CASES = {
         "Beit",
         "Model",
         features,
-        {"use_relative_position_bias": True, "drop_path_rate": 0.5},
+        {"use_relative_position_bias": True, "drop_path_rate": 0.5, "hidden_dropout_prob": 0.2},
     ),
     "beit, masked, shared table": (
         "Beit",
@@ -65,7 +65,7 @@ CASES = {
         "Data2VecVision",
         "Model",
         features,
-        {"use_relative_position_bias": True, "drop_path_rate": 0.5},
+        {"use_relative_position_bias": True, "drop_path_rate": 0.5, "hidden_dropout_prob": 0.2},
     ),
     "data2vec, shared table": (
         "Data2VecVision",
@@ -77,7 +77,7 @@ CASES = {
             "use_mean_pooling": False,
         },
     ),
-    "vit": ("ViT", "Model", features, {"qkv_bias": False, "pooler_output_size": 32}),
+    "vit": ("ViT", "Model", features, {"qkv_bias": False, "hidden_dropout_prob": 0.2}),
 }
 
 
@@ -220,8 +220,8 @@ def test_checkpointing_and_hidden_states(adapter, make, pixels_of) -> None:
 
 def test_an_applied_layer_and_the_interface_compile(adapter, make) -> None:
     adapter.register("fastbeit-test", "triton")
-    layer = applied(adapter.apply, make("vit"), "triton").layers[0]
-    interface = make("vit", "fastbeit-test").layers[0]
+    layer = applied(adapter.apply, make("vit").eval(), "triton").layers[0]
+    interface = make("vit", "fastbeit-test").eval().layers[0]
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
     for module in (layer, interface):
         torch._dynamo.reset()
