@@ -272,15 +272,15 @@ def conv2d_channels_last(
     relu_input: bool = False,
     relu_output: bool = False,
 ) -> Tensor:
-    """What follows the convolution is done in its own result, which nobody else holds."""
+    """In place where nobody else holds the tensor."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         y = F.conv2d(F.relu(x) if relu_input else x, weight, bias, padding=weight.shape[-1] // 2)
-        y = y.contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            torch.add(residual, y, alpha=gain, out=y)
-        elif gain != 1.0:
-            y.mul_(gain)
-        return y.relu_() if relu_output else y
+        if residual is None:
+            y = y if gain == 1.0 else y.mul_(gain)
+        else:
+            y = y.add_(residual) if gain == 1.0 else torch.add(residual, y, alpha=gain)
+        y = y.relu_() if relu_output else y
+        return y.contiguous(memory_format=torch.channels_last)
 
 
 def conv2d_pointwise_channels_last(

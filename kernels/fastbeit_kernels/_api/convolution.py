@@ -136,6 +136,8 @@ def _check(
             f"weight must be square with an odd side, got {weight.shape[-2]} x {side}: other "
             "convolutions move or change the size of what they read"
         )
+    if 0 in weight.shape:
+        raise ValueError(f"weight must not be empty, got {list(weight.shape)}")
     named = {"x": x, "weight": weight}
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), like=x)
