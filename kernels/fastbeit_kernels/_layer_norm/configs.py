@@ -5,15 +5,18 @@ With a latency of 1 us under load (an assumption, as none was measured) full ban
 of them on an H100, 19 on an A100, 54 on a B200, what is written included. BEiT-B in bf16, registers
 as compiled by Triton 3.7.1:
 
-    forward   one row a warp, 24 elements a thread, 62 registers: 32 warps on a multiprocessor,
-              whose x and branch are 96 KB on their way (57 registers and 108 KB on an A100)
+    forward   one row a warp, 24 elements a thread, 61 registers: 32 warps on a multiprocessor,
+              whose x and branch are 96 KB on their way (56 registers and 108 KB on an A100)
     backward  three sums and two vectors beside the row: 235 registers (sm_90), 242 (sm_80), 202
-              (sm_100), so 8 warps with 24 KB of rows in registers, too few alone: two more
-              tiles of four tensors come by asynchronous copies, 96 KB on their way
+              (sm_100), so 8 warps; while they compute, two further tiles of four tensors come to
+              each program by asynchronous copies, 96 KB on their way
 
-BEiT-L is 1024 wide. Forward one row a warp still fits (32 elements, 68 registers, 28 warps, 112
-KB); backward it would not (two sums and a vector more than 255 registers), so two warps share a
-row: 16 elements, 168 registers, 8 warps launched of 12 that fit, 64 KB on their way.
+BEiT-L is 1024 wide. Forward one row a warp still fits (32 elements, 68 registers, 28 warps, 112 KB
+on their way). Backward the sums and vectors alone would be 160 registers, so two warps share a row:
+16 elements, 168 registers, 8 warps launched of 12 that fit, 64 KB on their way.
+
+Backward, widths over 6144 take 16 warps, which leaves 128 registers a thread, and a few values go
+to the stack (8192: 56 bytes in bf16, 168 in fp32); no ViT is so wide.
 """
 
 from __future__ import annotations
