@@ -166,7 +166,7 @@ def test_row_tiles_hold_every_row_and_waste_little() -> None:
                 held = tile.columns * tile.pieces
                 assert width <= held and held - width < tile.columns
                 assert held <= max(1.5 * width, 16 // element_bytes)
-                assert tile.rows * held == tile.warps * 32 * (held * tile.rows // tile.warps // 32)
+                assert tile.rows * tile.columns == tile.warps * 32 * (16 // element_bytes)
                 assert held * tile.rows // (32 * tile.warps) <= rows.elements
                 assert tile.warps <= 16
 
