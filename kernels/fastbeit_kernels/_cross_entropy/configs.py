@@ -60,6 +60,7 @@ FIRST_BLOCK, FIRST_WARPS, FIRST_STAGES = 4096, 8, 3
 SECOND_BLOCK, SECOND_ROWS, SECOND_WARPS = 1024, 4, 4
 # Gather and scatter: rows and columns of a tile, slots looked through at a time, warps.
 ROWS, COLUMNS, SLOTS, ROW_WARPS = 8, 256, 128, 4
-# Sums of partials: partials and columns of a tile. Narrow tiles, because there are few columns.
-SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 64, 32, 4
+# Sums of partials: partials and columns of a tile. 8,192 columns are 128 programs, one a
+# multiprocessor of an H100.
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 64, 64, 4
 SCALE_BLOCK, SCALE_WARPS = 2048, 4

@@ -34,7 +34,7 @@ def masked_loss_forward(
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wants = (wants_hidden, wants_weight, wants_bias)
-    return tuple(run_forward(hidden, positions, weight, bias, targets, smoothing, wants))
+    return run_forward(hidden, positions, weight, bias, targets, smoothing, wants)
 
 
 @masked_loss_forward.register_fake
@@ -50,7 +50,7 @@ def _(
     wants_bias: bool,
 ) -> Tensors:
     wants = (wants_hidden, wants_weight, wants_bias)
-    return tuple(empty_forward(hidden, targets, weight.shape[0], wants))
+    return empty_forward(hidden, targets, weight.shape[0], wants)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::masked_loss_backward", mutates_args=())

@@ -14,8 +14,13 @@ WIDE = (
     *("q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "w_ptr"),
     *("input_ptr", "filter_ptr", "pointwise_ptr", "residual_ptr"),
     *("x_ptr", "branch_ptr", "y_ptr", "dy_ptr", "dnormed_ptr", "partials_ptr"),
+    *("hidden_ptr", "logits_ptr", "product_ptr"),
+    *("images_ptr", "read_ptr"),
 )
-ALWAYS_READ = ("q_ptr", "k_ptr", "v_ptr", "w_ptr", "input_ptr", "filter_ptr")
+ALWAYS_READ = (
+    *("q_ptr", "k_ptr", "v_ptr", "w_ptr", "input_ptr", "filter_ptr"),
+    *("images_ptr", "read_ptr"),
+)
 LOAD_BYTES = 16
 
 

@@ -21,7 +21,23 @@ __all__ = ["Record", "launches"]
 
 def launches(family: str) -> list[Record]:
     """All launches on a GPU of a family (``_configs.family_of``)."""
-    from . import attention, convolution, layer_norm, linear_argmax, rel_pos_bias
+    from . import (
+        attention,
+        convolution,
+        cross_entropy,
+        embedding,
+        layer_norm,
+        linear_argmax,
+        rel_pos_bias,
+    )
 
-    parts = (attention, rel_pos_bias, layer_norm, linear_argmax, convolution)
+    parts = (
+        attention,
+        rel_pos_bias,
+        layer_norm,
+        linear_argmax,
+        convolution,
+        cross_entropy,
+        embedding,
+    )
     return [record for part in parts for record in part.records(family)]

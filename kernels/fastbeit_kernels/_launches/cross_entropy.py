@@ -87,8 +87,8 @@ def loss_records(
             yield Record(
                 f"masked loss, 2nd pass: {name}", element, second, flops, flops, moved, from_l2
             )
-    scalars = [meta(dtype=kind) for kind in (torch.float32, torch.int64, torch.int64)]
-    launch = loss.sum_launch(losses, counts, partials, *scalars, dbias)
+    nats, whole = meta(dtype=torch.float32), meta(dtype=torch.int64)
+    launch = loss.sum_launch(losses, counts, partials, nats, whole, whole, dbias)
     moved = partial_bytes + (0 if dbias is None else 4 * row) + 12 * programs + 20
     yield Record(
         f"sum of masked loss: {name}", "float32", launch, partial_bytes // 4, 0, moved, moved
