@@ -100,7 +100,7 @@ def _floors() -> str:
     for operation in OPERATIONS:
         lines += [
             "",
-            f"### {operation.name.capitalize()}",
+            f"### {operation.name}",
             "",
             f"{operation.about}.",
             "",

@@ -74,7 +74,7 @@ def _timing(payload: Row, events: Events, device: torch.device, timer: Timer) ->
     if dry:
         problem = problem.shrunk()
     ceiling = Ceiling(**payload["ceiling"]) if payload.get("ceiling") else None
-    limits = Limits(0.1, 2, 3, 1) if dry else Limits(**payload.get("limits", {}))
+    limits = Limits(0.0, 2, 2, 0) if dry else Limits(**payload.get("limits", {}))
     cache_bytes = 0 if dry else torch.cuda.get_device_properties(device).L2_cache_size
     contest.run_problem(
         operation,
