@@ -250,6 +250,11 @@ def announce(
     masked = config.mask.target / math.prod(model.grid)
     log.note(f"run folder: {config.run_dir}")
     log.note(f"device: {world.size} x {name}{threads}, student in {config.run.precision}")
+    if name == "CPU" and config.run.precision == "bf16" and environment.cpu_bf16() is None:
+        log.note(
+            "warning: this CPU emulates bf16 (matrix products were measured at a seventieth of "
+            "fp32's speed on one): give --precision fp32, or auto"
+        )
     log.note(f"sharding: {config.run.shard}; {batch_note}")
     log.note(f"data: {len(source):,} images from {config.data.data}; loader {loader.reason}")
     log.note(
