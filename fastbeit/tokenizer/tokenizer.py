@@ -75,12 +75,8 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: wrong rank, colours, or a size that is no multiple of the stride.
         """
-        self._check_images(token_images)
-        dtype = self.encoder.head.w.dtype
-        images = token_images.to(dtype).contiguous(memory_format=torch.channels_last)
         # In channels-last memory this permutation is a view, and rows are contiguous.
-        features = inference.features(self.encoder, images, self.impl)
-        rows_BND = features.permute(0, 2, 3, 1).flatten(1, 2)
+        rows_BND = self.features(token_images).permute(0, 2, 3, 1).flatten(1, 2)
         batch, tokens, width = rows_BND.shape
         if positions is None:
             return self._codes(rows_BND.reshape(-1, width)).view(batch, tokens)
@@ -94,6 +90,14 @@ class Tokenizer(nn.Module):
             0, (slots.clamp(min=0) + first_row).flatten()
         )
         return torch.where(slots >= 0, self._codes(rows).view(slots.shape), -1)
+
+    @torch.no_grad()
+    def features(self, token_images: Tensor) -> Tensor:
+        """What the head reads, [B, D, h, w] in channels-last memory; ``encode``'s first half."""
+        self._check_images(token_images)
+        images = token_images.to(self.encoder.head.w.dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return inference.features(self.encoder, images, self.impl)
 
     @torch.no_grad()
     def logits(self, token_images: Tensor) -> Tensor:
