@@ -63,7 +63,7 @@ def test_ties_go_to_the_lowest_index(rows, depth, classes, bias) -> None:
     check_exactly(x, weight, integers(classes) if bias else None)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(st.integers(1, 150), st.integers(1, 80), st.integers(1, 600), st.booleans())
 def test_any_shape(rows, depth, classes, bias) -> None:
     x, weight = integers(rows, depth), integers(classes, depth, seed=1)
@@ -173,11 +173,14 @@ def test_every_tile_is_computed_whatever_the_order_of_programs(group_rows, monke
     check_exactly(integers(520, 16), integers(700, 16, seed=1))
 
 
-@pytest.mark.parametrize("family", ["sm_80", "sm_86", "sm_90", "sm_100"])
-@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize(
+    ("family", "bits"), [("sm_80", 16), ("sm_86", 16), ("sm_90", 16), ("sm_100", 16), ("sm_90", 32)]
+)
 def test_every_launch_choice_computes_the_same(family, bits, monkeypatch) -> None:
     from fastbeit_kernels._linear_argmax import configs, ops
 
+    fp32 = {tile for (_, size), tile in configs.TILES.items() if size == 32}
+    assert len(fp32) == 1, "one for all: then it is enough to try one"
     monkeypatch.setattr(ops, "tile_for", lambda x: configs.TILES[family, bits])
     check_exactly(integers(150, 40), integers(300, 40, seed=1), integers(300))
 
