@@ -174,6 +174,29 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_reference() -> Non
         assert call(*arguments).shape == (x.shape[0], outputs, *x.shape[2:])
 
 
+def test_offsets_that_leave_32_bits_are_refused() -> None:
+    pytest.importorskip("triton")
+    one, filters = torch.zeros(1, 1, 1, 1, device=DEVICE), WEIGHT[..., :1, :1]
+    with pytest.raises(ValueError, match="rows of up to 33554432 numbers, and one has 67108864"):
+        conv2d_channels_last(one.expand(1, 16, 1, 2**22), filters[:16], impl="triton")
+    with pytest.raises(ValueError, match="images of up to 2"):
+        conv2d_channels_last(one.expand(1, 16, 2**11, 2**20), filters, impl="triton")
+    with pytest.raises(ValueError, match="filters of up to 49 x 49"):
+        conv2d_channels_last(X, one.expand(4, 16, 51, 51), impl="triton")
+
+
+def test_rows_far_apart_are_copied() -> None:
+    """A view whose rows are further apart than 32 bits can step over."""
+    pytest.importorskip("triton")
+    from fastbeit_kernels._convolution import ops
+
+    near = X.expand(1, 16, 4, 5)
+    assert ops.channels_last(near) is near
+    memory = torch.empty(1, device="meta").as_strided((1, 2, 5, 16), (0, 2**26, 16, 1))
+    far = memory.permute(0, 3, 1, 2)
+    assert ops.channels_last(far).stride(2) == 5 * 16
+
+
 def test_impl_is_obeyed_or_refused(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name, call in (

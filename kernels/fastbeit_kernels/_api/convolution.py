@@ -11,6 +11,8 @@ from .._dispatch import Impl, choose
 
 KERNEL_HIDDEN = 128
 LARGEST_INT32 = 2**31 - 1
+LARGEST_ROW = 2**25  # numbers: the kernels step over up to 32 rows in 32 bits
+LARGEST_SIDE = 49
 
 
 def conv2d_channels_last(
@@ -43,7 +45,7 @@ def conv2d_channels_last(
     """
     _check(x, weight, bias, residual, weight.shape[0])
     _refuse_gradients("conv2d_channels_last", x, weight, bias, residual)
-    unfit = _unfit(x, weight)
+    unfit = _unfit(x, weight, weight.shape[0])
     match choose("conv2d_channels_last", impl, x, unfit):
         case "triton":
             from .._convolution import ops
@@ -99,7 +101,7 @@ def conv2d_pointwise_channels_last(
         "conv2d_pointwise_channels_last",
         *(x, weight, bias, pointwise_weight, pointwise_bias, residual),
     )
-    unfit = _unfit(x, weight) or rows_unfit(pointwise_weight=pointwise_weight)
+    unfit = _unfit(x, weight, outputs) or rows_unfit(pointwise_weight=pointwise_weight)
     if weight.shape[0] > KERNEL_HIDDEN:
         unfit = (
             f"the kernel takes up to {KERNEL_HIDDEN} hidden channels, and weight has "
@@ -156,7 +158,12 @@ def _refuse_gradients(operation: str, *tensors: Tensor | None) -> None:
         )
 
 
-def _unfit(x: Tensor, weight: Tensor) -> str | None:
+def _unfit(x: Tensor, weight: Tensor, outputs: int) -> str | None:
     if max(weight.numel(), x.shape[2] * x.shape[3]) > LARGEST_INT32:
         return "the kernels take filters and images of up to 2**31 - 1 numbers and pixels"
+    row = x.shape[3] * max(x.shape[1], outputs)
+    if row > LARGEST_ROW:
+        return f"the kernels take rows of up to {LARGEST_ROW} numbers, and one has {row}"
+    if weight.shape[-1] > LARGEST_SIDE:
+        return f"the kernels take filters of up to {LARGEST_SIDE} x {LARGEST_SIDE} pixels"
     return rows_unfit(x=x, weight=weight)

@@ -76,6 +76,7 @@ def _shared(
         "out_ptr": out,
         **_strides("input", x),
         **_strides("residual", residual),
+        **_strides("out", out),
         "images": images,
         "height": height,
         "width": width,

@@ -39,6 +39,9 @@ def conv(
     residual_image,
     residual_row,
     residual_column,
+    out_image,
+    out_row,
+    out_column,
     images,
     height,
     width,
@@ -76,10 +79,10 @@ def conv(
             CHANNELS, OUTPUTS, SIDE, RELU_INPUT, PIXELS, ROWS, TILE_OUTPUTS, DEPTH,
         )  # fmt: skip
     residual_p = place(residual_ptr, image, y, x, residual_image, residual_row, residual_column)
-    out_p = place(out_ptr, image * height, y, x, width * OUTPUTS, width * OUTPUTS, OUTPUTS)
+    out_p = place(out_ptr, image, y, x, out_image, out_row, out_column)
     for row in tl.static_range(ROWS):
         finish(
-            sums[row], bias_ptr, residual_p + row * residual_row, out_p + row * width * OUTPUTS,
+            sums[row], bias_ptr, residual_p + row * residual_row, out_p + row * out_row,
             (y >= 0) & (y + row < height), outputs, gain,
             OUTPUTS, BIAS, RESIDUAL, RELU_OUTPUT, TILE_OUTPUTS,
         )  # fmt: skip
@@ -100,6 +103,9 @@ def conv_pointwise(
     residual_image,
     residual_row,
     residual_column,
+    out_image,
+    out_row,
+    out_column,
     images,
     height,
     width,
@@ -147,7 +153,7 @@ def conv_pointwise(
             hidden_ph = tl.where((h < HIDDEN)[None, :], hidden_ph, 0.0).to(hidden_ph.dtype)
         hidden = hidden + (hidden_ph,)
     residual_p = place(residual_ptr, image, y, x, residual_image, residual_row, residual_column)
-    out_p = place(out_ptr, image * height, y, x, width * OUTPUTS, width * OUTPUTS, OUTPUTS)
+    out_p = place(out_ptr, image, y, x, out_image, out_row, out_column)
     for start in range(0, outputs_all, TILE_OUTPUTS):
         outputs = start + tl.arange(0, TILE_OUTPUTS)
         pointwise_oh = pointwise_ptr + outputs[:, None] * HIDDEN + h[None, :]
@@ -159,7 +165,7 @@ def conv_pointwise(
         for row in tl.static_range(ROWS):
             finish(
                 dot(hidden[row], tl.trans(weights_oh)), pointwise_bias_ptr,
-                residual_p + row * residual_row, out_p + row * width * OUTPUTS,
+                residual_p + row * residual_row, out_p + row * out_row,
                 (y >= 0) & (y + row < height), outputs, gain,
                 OUTPUTS, POINTWISE_BIAS, RESIDUAL, RELU_OUTPUT, TILE_OUTPUTS,
             )  # fmt: skip

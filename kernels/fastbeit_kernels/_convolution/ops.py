@@ -9,12 +9,14 @@ from .._dispatch import on_device
 from .._operators import NAMESPACE
 from . import arguments
 
+LARGEST_STEP = 2**25
+
 
 def channels_last(tensor_BCHW: Tensor) -> Tensor:
-    """The tensor itself where the channels of a pixel lie in one piece, as the kernels read them;
-    otherwise a copy. Filters have to be dense altogether (``filters``)."""
-    step = tensor_BCHW.stride(1)
-    if step == 1 or tensor_BCHW.shape[1] == 1:
+    """The tensor itself where the channels of a pixel lie in one piece, and rows not so far apart
+    that a few of them leave 32 bits; otherwise a copy."""
+    _, channel, row, column = tensor_BCHW.stride()
+    if (channel == 1 or tensor_BCHW.shape[1] == 1) and max(row, column) <= LARGEST_STEP:
         return tensor_BCHW
     return tensor_BCHW.contiguous(memory_format=torch.channels_last)
 
