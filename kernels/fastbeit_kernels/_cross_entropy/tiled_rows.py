@@ -134,7 +134,8 @@ def gradient_tiles(
         inside = rows < last
         label = tl.load(labels_ptr + rows, mask=inside, other=-1)
         scales = scales_ptr + 2 * rows.to(tl.int64)
-        largest = tl.load(scales, mask=inside, other=0.0)
+        # Rows past the last: powers of zero.
+        largest = tl.load(scales, mask=inside, other=float("inf"))
         inverse = tl.load(scales + 1, mask=inside, other=0.0)
         x, pointers, there = load_logits(  # pyright: ignore[reportGeneralTypeIssues]
             logits_ptr, bias_ptr, rows, inside, columns, CLASSES, ROW, BLOCK, BIAS
@@ -142,8 +143,7 @@ def gradient_tiles(
         powers = exponential(x, largest[:, None], EXACT)
         g = row_gradient(powers, inverse, label, columns, smoothing, CLASSES, SMOOTHED)
         if BIAS_GRADIENT:
-            # Rows past the last have only the bias for logits: no bound on their powers.
-            dbias += tl.where(inside[:, None], g, 0.0)
+            dbias += g
         if GRADIENT:
             tl.store(pointers, g.to(logits_ptr.dtype.element_ty), mask=there)
     if BIAS_GRADIENT:
