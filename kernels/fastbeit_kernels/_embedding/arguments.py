@@ -6,7 +6,6 @@ The operators run the launches made here; the compile report makes the same ones
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from .._configs import family_of
@@ -15,7 +14,7 @@ from . import backward, configs, forward, order
 from .configs import EmbeddingConfig, ProductTile
 from .geometry import Geometry
 
-ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+ELEMENTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def config_of(
@@ -140,7 +139,7 @@ def weight_launch(
     constants = {
         **geometry.constants(),
         "MASKED": listed is not None,
-        "DTYPE": ELEMENTS[dtype],
+        "ELEMENT": ELEMENTS[dtype],
         **_tile(config.weight),
     }
     tile = config.weight

@@ -24,6 +24,16 @@ from .order import count_visible, listed_tokens
 
 
 @triton.jit
+def cast(x, ELEMENT: tl.constexpr):
+    if ELEMENT == "bf16":
+        return x.to(tl.bfloat16)
+    elif ELEMENT == "fp16":
+        return x.to(tl.float16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def weight_gradient(
     dout_ptr,
     images_ptr,
@@ -47,14 +57,14 @@ def weight_gradient(
     RUN: tl.constexpr,
     PIXELS: tl.constexpr,
     MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    ELEMENT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """ROWS columns of the width by COLUMNS pixels, DEPTH tokens at a time → ``[shares, D, K]``.
 
-    dout and pixels meet in DTYPE, the projection's own.
+    dout and pixels meet in ELEMENT, the projection's own.
     """
     across_tiles = tl.cdiv(PIXELS, COLUMNS)
     tiles = tl.cdiv(width, ROWS) * across_tiles
@@ -85,7 +95,7 @@ def weight_gradient(
             pixels_rk = tl.load(pixels, mask=seen[:, None], other=0.0)
         else:
             pixels_rk = tl.load(pixels, mask=seen[:, None] & (k < PIXELS)[None, :], other=0.0)
-        sums_dk = dot_add(dout_dr.to(DTYPE), pixels_rk.to(DTYPE), sums_dk)
+        sums_dk = dot_add(cast(dout_dr, ELEMENT), cast(pixels_rk, ELEMENT), sums_dk)
     place = (share.to(tl.int64) * width + d)[:, None] * PIXELS + k[None, :]
     tl.store(shares_ptr + place, sums_dk, mask=(d < width)[:, None] & (k < PIXELS)[None, :])
 
