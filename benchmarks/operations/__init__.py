@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from benchmarks.operation import Case, Operation, Problem
-from benchmarks.operations import attention, cross_entropy, embedding, layer_norm, linear_argmax
+from benchmarks.operations import (
+    attention,
+    convolution,
+    cross_entropy,
+    embedding,
+    layer_norm,
+    linear_argmax,
+)
 
 OPERATIONS: tuple[Operation, ...] = (
     attention.OPERATION,
     layer_norm.OPERATION,
     cross_entropy.OPERATION,
     linear_argmax.OPERATION,
+    convolution.OPERATION,
     embedding.OPERATION,
 )
 

@@ -14,12 +14,20 @@ from benchmarks.call import Call, Function, Outputs, results
 from benchmarks.gpu.correctness import check_case
 from benchmarks.gpu.integration import check_integration
 from benchmarks.operation import Case, Operation
-from benchmarks.operations import OPERATIONS, cross_entropy, embedding, layer_norm, linear_argmax
+from benchmarks.operations import (
+    OPERATIONS,
+    convolution,
+    cross_entropy,
+    embedding,
+    layer_norm,
+    linear_argmax,
+)
 
 CPU = torch.device("cpu")
 CASES = [(operation, case) for operation in OPERATIONS for case in operation.cases]
 NORM, LOSS = layer_norm.OPERATION, cross_entropy.OPERATION
 ARGMAX, EMBED = linear_argmax.OPERATION, embedding.OPERATION
+CONV = convolution.OPERATION
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: one.name)
@@ -72,6 +80,8 @@ OWN = [
     (LOSS, "loss, no filled slot", {"empty slots"}),
     (ARGMAX, "argmax, ties", {"batch independent", "lowest of equals"}),
     (ARGMAX, "argmax, ragged", {"batch independent"}),
+    (CONV, "first of a block at 112²", {"batch independent"}),
+    (CONV, "end of a block, odd sizes", {"batch independent"}),
     (EMBED, "patches of BEiT", {"batch independent", "masked pixels"}),
     (EMBED, "patches, all masked", {"batch independent", "masked pixels"}),
     (EMBED, "patches, no masking", {"batch independent"}),
@@ -124,6 +134,10 @@ def unsmoothed(call: Call) -> Call:
     return replace(call, shape=replace(call.shape, smoothing=0.0))
 
 
+def without_relu(call: Call) -> Call:
+    return replace(call, shape=replace(call.shape, relu_input=False))
+
+
 def over_all_slots(call: Call, loss: Tensor) -> Tensor:
     targets = call.given["targets"]
     filled = (targets >= 0) & (call.given["positions"] >= 0)
@@ -173,6 +187,9 @@ WRONG = [
     (ARGMAX, "argmax of a tokenizer", changed(ARGMAX, index=lambda _, i: i.int()), "error"),
     (ARGMAX, "argmax of a tokenizer", changed(ARGMAX, index=lambda _, i: i - 1000), "error"),
     (ARGMAX, "argmax, ties", changed(ARGMAX, index=last_of_equals), "lowest of equals"),
+    (CONV, "end of a block at 112²", with_call(CONV, without("residual")), "error"),
+    (CONV, "first of a block at 112²", with_call(CONV, without_relu), "error"),
+    (CONV, "convolution at 112²", changed(CONV, out=lambda _, x: x.roll(1, 3)), "error"),
     (EMBED, "patches of BEiT", with_call(EMBED, another_row), "error"),
     (EMBED, "patches of BEiT", with_call(EMBED, deaf("mask_token")), "error"),
     (EMBED, "patches, small", with_call(EMBED, deaf("pos_embed")), "error"),
