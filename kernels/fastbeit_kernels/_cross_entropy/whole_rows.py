@@ -15,8 +15,8 @@ Empty slots (label -1) give zeros. A label of V or more, which no class has, giv
 and in the row's gradient.
 
 H100, V = 8192: memory lets a multiprocessor have a row every 1.4 µs (32 KB at 3 TB/s over 132 of
-them), 2,500 cycles at 1.75 GHz. The loop is 535 instructions of 8 warps for a row, 130 more where
-the label's logit is the largest: 1,070 cycles of its four schedulers. Two blocks share a
+them), 2,500 cycles at 1.75 GHz. The loop is 562 instructions of 8 warps for a row, 104 more where
+the label's logit is the largest: 1,120 cycles of its four schedulers. Two blocks share a
 multiprocessor, so that one loads while the other computes (counted from compiled code, not
 measured yet).
 """
