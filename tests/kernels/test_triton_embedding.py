@@ -129,9 +129,17 @@ def test_the_list_of_tokens(block, integer, monkeypatch) -> None:
     batch, patches = 19, 33
     generator = torch.Generator().manual_seed(3)
     positions = torch.randint(-1, patches, (batch, 21), generator=generator)
-    # A position that is none hides nothing.
-    positions[3] = torch.tensor([33, 99, -7] * 7)
+    # A position that is none hides nothing, and writes nothing behind the last image's flags.
+    positions[3] = positions[-1] = torch.tensor([33, 90, -7] * 7)
+    made, make = [], torch.empty
+
+    def guarded(*shape, **options):
+        made.append(make(math.prod(shape) + 64, **options).fill_(7))
+        return made[-1][:-64].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
     flags, listed, visible = ops.embed_order(positions.to(DEVICE, integer).int(), patches)
+    assert len(made) == 4 and all((memory[-64:] == 7).all() for memory in made)
     hidden = torch.zeros(batch, patches, dtype=torch.bool)
     for b, row in enumerate(positions.tolist()):
         hidden[b, [p for p in row if 0 <= p < patches]] = True

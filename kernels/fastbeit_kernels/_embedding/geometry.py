@@ -25,7 +25,8 @@ def pixel_offsets(k, plane_step, line_step, pixel_step, LINES: tl.constexpr, RUN
     """Of pixels ``k`` of a patch, from its first one."""
     line = k // RUN
     plane = (line // LINES).to(tl.int64) * plane_step
-    return plane + (line % LINES).to(tl.int64) * line_step + (k % RUN) * pixel_step
+    within = (line % LINES).to(tl.int64) * line_step + (k % RUN).to(tl.int64) * pixel_step
+    return plane + within
 
 
 @triton.jit
