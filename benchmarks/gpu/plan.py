@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.gpu import curve
 from benchmarks.gpu.pool import Task
 from benchmarks.operation import Case, Operation, Problem
 from benchmarks.operations import OPERATIONS, problem_by_name
@@ -67,7 +68,23 @@ def correctness_tasks(dry: bool, only: list[str]) -> list[Task]:
                 for operation, case in pairs
                 if case.machinery
             ]
+            tasks += curve_tasks(dry, only)
     return tasks
+
+
+def curve_tasks(dry: bool, only: list[str]) -> list[Task]:
+    """The step as a whole; bf16 interpreted takes long and judges nothing."""
+    if not wanted(curve.CASE, only):
+        return []
+    return [
+        Task(
+            f"curve: {curve.CASE}, {dtype}",
+            {"kind": "curve", "case": curve.CASE, "dtype": dtype, "dry": dry},
+            CHECK_SILENCE_S,
+            group=curve.CASE,
+        )
+        for dtype in (curve.DTYPES[:1] if dry else curve.DTYPES)
+    ]
 
 
 def _correctness(kind: str, operation: Operation, case: Case, dtype: str, dry: bool) -> Task:
@@ -120,13 +137,13 @@ def on_lost(emit: Callable[[Row], None]) -> Callable[[Task, str, str], Task | No
 
     def lost(task: Task, step: str, reason: str) -> Task | None:
         payload = task.payload
-        if payload["kind"] in ("correctness", "integration"):
+        if payload["kind"] in ("correctness", "curve", "integration"):
             emit(
                 {
                     "kind": "correctness",
-                    "check": "runs to its end"
-                    if payload["kind"] == "correctness"
-                    else "integration",
+                    "check": "integration"
+                    if payload["kind"] == "integration"
+                    else "runs to its end",
                     "case": payload["case"],
                     "dtype": payload["dtype"],
                     "status": "fail",

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.call import results
-from benchmarks.gpu import contest, correctness, environment, integration, kernels
+from benchmarks.gpu import contest, correctness, curve, environment, integration, kernels
 from benchmarks.operations import case_by_name, problem_by_name
 from benchmarks.roofline import Ceiling
 from benchmarks.timing import CudaTimer, Limits, Timer, WallTimer
@@ -51,6 +51,8 @@ def run(payload: Row, events: Events) -> None:
             operation, case = case_by_name(payload["case"])
             case = case.shrunk() if dry else case
             integration.check_integration(operation, case, payload["dtype"], device, events.row)
+        case "curve":
+            curve.check_curve(payload["dtype"], device, events.row, shrink=dry)
         case "timing":
             _timing(payload, events, device, timer)
         case other:

@@ -224,6 +224,17 @@ def test_a_choice_by_rounded_scores_is_caught() -> None:
     assert linear_argmax.error(call, truth, truth) == 0.0
 
 
+def test_a_loss_that_plain_pytorch_meets_by_chance_is_no_bound() -> None:
+    """A few units in the last place pass, a millionth doesn't."""
+    call = case_of(LOSS, "loss of BEiT-B").make("float32", 0, CPU)
+    truth = results(LOSS.definition, call.to(torch.float64))
+    lucky = {name: tensor.float() for name, tensor in truth.items()}
+    for error, passes in ((3e-7, True), (1e-6, False), (-1e-6, False)):
+        mine = results(right(LOSS), call)
+        mine["loss"] = truth["loss"] * (1 + error)
+        assert (not LOSS.judge(call, mine, lucky, truth).reasons) == passes
+
+
 def test_right_answers_are_counted_and_doubtful_ones_allowed_for() -> None:
     """Half of the images have the best class as a target; a tie of scores may go either way."""
     call = case_of(LOSS, "loss of BEiT-B").make("float32", 0, CPU)

@@ -173,6 +173,7 @@ PEERS = {
     "masked head's loss": "eager torch.compile Liger CCE quack",
     "linear_argmax": "GEMM mm argmax torch.compile",
     "patch embedding": "eager conv2d torch.compile",
+    "frozen convolutions": "cuDNN torch.compile",
 }
 
 
