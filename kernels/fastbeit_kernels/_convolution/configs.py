@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .._configs import COMPILED
 
@@ -42,7 +42,7 @@ class ConvConfig:
 
 
 # Registers of the published dVAE's convolutions in bf16, Triton 3.7.1; no spills anywhere.
-#   sm_90: narrow 190 to 255, wide 204 to 252, pointwise 130 to 162, fused 234, fused_wide 210. Read
+#   sm_90: narrow 190 to 255, wide 200 to 252, pointwise 128 to 162, fused 234, fused_wide 218. Read
 #   nine times, the input of a 3 x 3 convolution would take L2 2.1 to 3.7 times as long as the
 #   arithmetic or memory takes (256 to 64 channels at 112 x 112: 2,056 µs of L2 for 593); by these
 #   rows 1.0 to 1.7 times (878 µs).
@@ -53,7 +53,7 @@ HOPPER = ConvConfig(
     fused=ConvTile(64, 4, 64, 32, 4, 3),
     fused_wide=ConvTile(128, 2, 64, 32, 8, 3),
 )
-#   sm_100: narrow 78 to 86, wide 114 to 120, pointwise 132 to 156, fused and fused_wide 128. Twice
+#   sm_100: narrow 78 to 86, wide 114 to 122, pointwise 127 to 156, fused and fused_wide 128. Twice
 #   the accumulators of these don't fit in tensor memory.
 BLACKWELL = ConvConfig(
     narrow=ConvTile(128, 2, 64, 32, 8, 3),
@@ -62,18 +62,14 @@ BLACKWELL = ConvConfig(
     fused=ConvTile(128, 2, 64, 32, 8, 3),
     fused_wide=ConvTile(128, 1, 64, 64, 8, 3),
 )
-#   sm_80: by L2's rate one row is no slower than the arithmetic is, within 9 %. Uncapped these are
-#   119 to 158 registers, and a multiprocessor would hold most of them once.
+#   sm_80, sm_86: by L2's rate one row is no slower than the arithmetic is, within 9 %. narrow 98,
+#   fused 128; uncapped the others are up to 158, and a multiprocessor would hold them once.
 AMPERE = ConvConfig(
-    narrow=ConvTile(128, 1, 64, 64, 8, 3, 128),
+    narrow=ConvTile(128, 1, 64, 32, 8, 4),
     wide=ConvTile(128, 1, 128, 32, 8, 3, 128),
     pointwise=ConvTile(128, 1, 128, 32, 8, 3, 128),
-    fused=ConvTile(128, 1, 64, 64, 8, 3, 128),
+    fused=ConvTile(128, 1, 64, 32, 8, 3),
     fused_wide=ConvTile(128, 1, 64, 32, 8, 3, 128),
-)
-#   sm_86: two of the caps would cost 8 bytes of stack here.
-GEFORCE = replace(
-    AMPERE, narrow=ConvTile(128, 1, 64, 64, 8, 3), fused=ConvTile(128, 1, 64, 32, 8, 3)
 )
 #   fp32 multiplies on the ordinary units (ieee, never tf32): 72 to 96 registers on sm_90.
 FP32 = ConvConfig(
@@ -88,7 +84,7 @@ CONVOLUTION: dict[tuple[str, int], ConvConfig] = {
     (family, bits): config
     for family, half in (
         ("sm_80", AMPERE),
-        ("sm_86", GEFORCE),
+        ("sm_86", AMPERE),
         ("sm_90", HOPPER),
         ("sm_100", BLACKWELL),
     )
