@@ -28,6 +28,7 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
         "-m", "benchmarks.gpu", "--dry-run", "--minutes", "4", "--out", tmp_path,
         "--only", "expand 5 x 7", "--only", "LayerNorm of BEiT-B", "--only", "residual alone",
         "--only", "rows selected", "--only", "argmax of one row", "--only", "patches, small",
+        "--only", "convolution of one pixel",
         env={"PYTHONPATH": str(repo_root)}, timeout_s=240,
     )  # fmt: skip
     (folder,) = result_folders(tmp_path)
