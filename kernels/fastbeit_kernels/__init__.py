@@ -1,13 +1,13 @@
 """The operations of a ViT's pre-training step, each as a public function.
 
-Attention with a trained bias, residual + LayerScale + LayerNorm, the masked loss of a linear head,
-the argmax of one, the embedding of patches, the convolutions of a frozen tokenizer. They need torch
-alone, know nothing of fastbeit, and serve any ViT. ``reference.py`` is their specification in plain
-PyTorch. ``impl="triton"`` takes a Triton kernel (an NVIDIA GPU of compute capability 8.0 or newer;
-on a CPU TRITON_INTERPRET=1) or fails, and never silently falls back; ``impl="reference"`` takes the
-reference; ``impl="auto"`` the better of the two, which is the reference until the operation's
-kernels have been shown right and faster on a GPU (``_dispatch.SHOWN_ON_A_GPU``). Wrong shapes,
-dtypes and devices raise ValueError.
+Attention with a trained bias, residual + LayerScale + LayerNorm, bias + GELU, the masked loss of a
+linear head, the argmax of one, the embedding of patches, the convolutions of a frozen tokenizer.
+They need torch alone, know nothing of fastbeit, and serve any ViT. ``reference.py`` is their
+specification in plain PyTorch. ``impl="triton"`` takes a Triton kernel (an NVIDIA GPU of compute
+capability 8.0 or newer; on a CPU TRITON_INTERPRET=1) or fails, and never silently falls back;
+``impl="reference"`` takes the reference; ``impl="auto"`` the better of the two, which is the
+reference until the operation's kernels have been shown right and faster on a GPU
+(``_dispatch.SHOWN_ON_A_GPU``). Wrong shapes, dtypes and devices raise ValueError.
 Importing this package queries no GPU and imports no Triton.
 
 Shapes: B batch, T tokens, Tq queries, Tk keys, N patches, H heads, d head width, D width, M slots,
@@ -26,6 +26,7 @@ from ._api.attention import (
 )
 from ._api.convolution import conv2d_channels_last, conv2d_pointwise_channels_last
 from ._api.embedding import embed_patches
+from ._api.gelu import bias_gelu
 from ._api.head import linear_argmax, masked_linear_cross_entropy
 from ._api.layer_norm import scale_residual, scale_residual_layer_norm
 from ._dispatch import Impl
@@ -36,6 +37,7 @@ __all__ = [
     "MimLoss",
     "attention",
     "attention_packed",
+    "bias_gelu",
     "conv2d_channels_last",
     "conv2d_pointwise_channels_last",
     "embed_patches",

@@ -186,6 +186,11 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU(x + bias) by erf, added in the wider of the dtypes and stored in x's."""
+    return F.gelu(x if bias is None else x + bias).to(x.dtype)
+
+
 def masked_linear_cross_entropy(
     hidden: Tensor,
     positions: Tensor | None,

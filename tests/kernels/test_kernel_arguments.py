@@ -27,6 +27,7 @@ CALLS = {
     "scale_residual_layer_norm": lambda **a: kernels.scale_residual_layer_norm(
         X, weight=W, bias=B, **a
     ),
+    "bias_gelu": lambda **a: kernels.bias_gelu(X, B, **a),
     "scale_residual": lambda **a: kernels.scale_residual(X, X, **a),
     "masked_linear_cross_entropy": lambda **a: kernels.masked_linear_cross_entropy(
         X, SLOTS, HEAD, None, SLOTS.long(), **a

@@ -10,7 +10,7 @@ from peer_models import peer
 import fastbeit_kernels
 
 NO_OPERATIONS = {"Impl", "MimLoss"}
-EXAMPLES = 8
+EXAMPLES = 9
 
 
 @pytest.fixture(scope="module")

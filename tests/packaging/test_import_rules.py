@@ -159,6 +159,7 @@ def test_every_module_imports_without_optional_parts(run_python: RunPython) -> N
         "                                 'fastbeit_kernels._cross_entropy.',\n"
         "                                 'fastbeit_kernels._linear_argmax.',\n"
         "                                 'fastbeit_kernels._embedding.',\n"
+        "                                 'fastbeit_kernels._gelu.',\n"
         "                                 'fastbeit_kernels._convolution.',\n"
         "                                 'fastbeit_kernels._products',\n"
         "                                 'fastbeit_kernels._rel_pos_bias.',\n"

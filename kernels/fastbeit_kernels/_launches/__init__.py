@@ -26,6 +26,7 @@ def launches(family: str) -> list[Record]:
         convolution,
         cross_entropy,
         embedding,
+        gelu,
         layer_norm,
         linear_argmax,
         rel_pos_bias,
@@ -39,5 +40,6 @@ def launches(family: str) -> list[Record]:
         convolution,
         cross_entropy,
         embedding,
+        gelu,
     )
     return [record for part in parts for record in part.records(family)]
