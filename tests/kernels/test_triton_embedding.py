@@ -76,16 +76,24 @@ def test_masked_is_all_nothing_or_one_image(hides) -> None:
         assert (ours["mask_token"] == 0).all()
 
 
-def test_what_masked_patches_hold_changes_no_bit() -> None:
-    arguments, dout = problem(slots=None, batch=3)
-    arguments["positions"] = torch.tensor([[5, -1, 5], [0, 11, 3], [-1, -1, 7]], device=DEVICE)
+@pytest.mark.parametrize(("channels", "side"), [(3, 4), (1, 16)], ids=["48 pixels", "256: whole"])
+def test_what_masked_patches_hold_changes_no_bit(channels, side) -> None:
+    """Neither their pixels nor, but for the mask token's gradient, what comes back to them."""
+    arguments, dout = problem(3, channels, patch=(side, side), slots=None, pos_embed=None)
+    # 24 visible tokens: the gradient's last step of 32 reaches over CLS to masked ones.
+    rows = [[5, 8, 5, 7, 6], [0, 11, 3, 1, 2], [-1, -1, 7, 9, 10]]
+    arguments["positions"] = torch.tensor(rows, device=DEVICE)
     arguments["mask_token"] = draw(20, seed=9)
     expected = check(arguments, dout)
     for b, row in enumerate(arguments["positions"].tolist()):
         for patch in (patch for patch in row if patch >= 0):
-            y, x = patch // 4 * 4, patch % 4 * 4
-            arguments["images"][b, :, y : y + 4, x : x + 4] = math.nan
-    same(results(arguments, dout), expected)
+            y, x = patch // 4 * side, patch % 4 * side
+            arguments["images"][b, :, y : y + side, x : x + side] = math.nan
+            dout[b, 1 + patch] = math.nan
+    found = results(arguments, dout)
+    assert found.pop("mask_token").isnan().all()
+    expected.pop("mask_token")
+    same(found, expected)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="products are counted where they are interpreted")
@@ -158,6 +166,9 @@ def as_view(images, kind):
     if kind == "cut from channels-last":
         memory = images.new_full((batch + 1, height + 2, width + 3, channels), math.nan)
         view = memory[1:, 1:-1, 2:-1].permute(0, 3, 1, 2)
+    elif kind == "some colours of channels-last":
+        memory = images.new_full((batch, height, width, channels + 2), math.nan)
+        view = memory[..., 1:-1].permute(0, 3, 1, 2)
     elif kind == "cut out":
         memory = images.new_full((batch, channels + 1, height + 2, width + 3), math.nan)
         view = memory[:, 1:, 1:-1, 2:-1]
@@ -172,13 +183,21 @@ def as_view(images, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["channels-last", "cut from channels-last", "cut out", "odd offset", "turned", "every second"],
+    [
+        "channels-last",
+        "cut from channels-last",
+        "some colours of channels-last",
+        "cut out",
+        "odd offset",
+        "turned",
+        "every second",
+    ],
 )
 def test_views_of_images(kind) -> None:
     arguments, dout = problem()
     expected = results(arguments, dout)
     arguments["images"] = as_view(arguments["images"], kind)
-    if "channels-last" in kind:  # Pixels are added in another order.
+    if kind in ("channels-last", "cut from channels-last"):  # Pixels are added in another order.
         for name, mine in check(arguments, dout).items():
             torch.testing.assert_close(mine, expected[name], rtol=1e-5, atol=1e-5)
     else:
