@@ -80,7 +80,8 @@ def report(
 
     Args:
         archs: ``"sm_90"`` ...
-        dtypes: names of torch dtypes; the table's and the sum's kernels are always float32.
+        dtypes: names of torch dtypes. Kernels that float32 alone has (the table's, sums of
+            gradients' parts) serve every dtype and are always there.
         match: regular expression searched for in the launch's name.
         workers: processes; by default one a CPU core, four at most.
     """
@@ -94,8 +95,11 @@ def report(
     chosen: list[tuple[str, int, Record]] = []
     firsts: dict[tuple[str, str], tuple[str, int]] = {}
     for arch in archs:
-        for number, record in enumerate(launches(target_of(arch).family)):
-            if record.dtype in dtypes and re.search(match, record.name):
+        records = launches(target_of(arch).family)
+        halves = {r.launch.kernel.__name__ for r in records if r.dtype != "float32"}
+        for number, record in enumerate(records):
+            serves = record.dtype in dtypes or record.launch.kernel.__name__ not in halves
+            if serves and re.search(match, record.name):
                 chosen.append((arch, number, record))
                 firsts.setdefault((arch, same_code(record)), (arch, number))
     workers = workers or min(4, os.cpu_count() or 1)

@@ -16,11 +16,21 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 REPORTS = (
-    # (targets, dtypes): every 16-bit kernel of training on all targets, the others on one.
+    # (targets, dtypes): every launch in bf16 on all targets, in the other dtypes on one.
     ("sm_80,sm_90,sm_100", "bf16"),
     ("sm_90", "fp16,fp32"),
 )
-TRAINING = r"BEiT-[BL](, last block)?, |heads, 197 tokens"
+# What is compiled is what ``launches`` lists, so that no kernel can be forgotten. It takes minutes
+# on two cores where Triton's cache is empty.
+COMPILING_S = 1200
+
+
+def pytest_collection_modifyitems(items):
+    """Whichever test comes first waits for the report."""
+    for item in items:
+        if "compile_report" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(2 * COMPILING_S))
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -32,19 +42,19 @@ def compile_environment(repo_root):
 
 @pytest.fixture(scope="session")
 def compile_report(run_python, compile_environment, tmp_path_factory):
-    """Rows of ``python -m fastbeit_kernels.inspect`` for BEiT-B and BEiT-L."""
+    """Rows of ``python -m fastbeit_kernels.inspect``."""
     rows, folder = [], tmp_path_factory.mktemp("inspect")
     for number, (archs, dtypes) in enumerate(REPORTS):
         file = folder / f"{number}.json"
         # Whether rules are kept is for the tests to say, one by one: any exit code.
         done = run_python(
             *("-m", "fastbeit_kernels.inspect", "--arch", archs, "--dtype", dtypes),
-            *("--match", TRAINING, "--json", file),
+            *("--json", file),
             env=compile_environment,
             expect=None,
-            timeout_s=280,
+            timeout_s=COMPILING_S,
         )
-        assert done.returncode in (0, 1), done.stderr
+        assert done.returncode in (0, 1) and file.exists(), done.stderr
         rows += json.loads(file.read_text())["rows"]
     return rows
 
