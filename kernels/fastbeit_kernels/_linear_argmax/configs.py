@@ -30,9 +30,9 @@ class ProductTile:
 HOPPER = ProductTile(128, 256, 64, 8, 4)
 #   sm_100: 206. 128 rows by 256 columns would need 24 bytes of stack.
 BLACKWELL = ProductTile(256, 128, 64, 8, 4)
-#   sm_80: 214 (with a depth of 64: 252).
+#   sm_80: 215 (with a depth of 64: 252).
 AMPERE = ProductTile(128, 256, 32, 8, 4)
-#   sm_86: 218, and 49,152 bytes, so that two blocks share the 100 KB of a multiprocessor.
+#   sm_86: 219, and 49,152 bytes, so that two blocks share the 100 KB of a multiprocessor.
 AMPERE_SMALL = ProductTile(128, 128, 32, 4, 4)
 #   fp32 on the ordinary units: 128. 128 x 128 would take 254.
 FP32 = ProductTile(128, 64, 16, 8, 3)
