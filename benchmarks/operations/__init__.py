@@ -8,6 +8,7 @@ from benchmarks.operations import (
     convolution,
     cross_entropy,
     embedding,
+    gelu,
     layer_norm,
     linear_argmax,
 )
@@ -19,6 +20,7 @@ OPERATIONS: tuple[Operation, ...] = (
     linear_argmax.OPERATION,
     convolution.OPERATION,
     embedding.OPERATION,
+    gelu.OPERATION,
 )
 
 

@@ -19,6 +19,7 @@ from benchmarks.operations import (
     convolution,
     cross_entropy,
     embedding,
+    gelu,
     layer_norm,
     linear_argmax,
 )
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 CASES = [(operation, case) for operation in OPERATIONS for case in operation.cases]
 NORM, LOSS = layer_norm.OPERATION, cross_entropy.OPERATION
 ARGMAX, EMBED = linear_argmax.OPERATION, embedding.OPERATION
-CONV = convolution.OPERATION
+CONV, GELU = convolution.OPERATION, gelu.OPERATION
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: one.name)
@@ -80,6 +81,7 @@ OWN = [
     (LOSS, "loss, no filled slot", {"empty slots"}),
     (ARGMAX, "argmax, ties", {"batch independent", "lowest of equals"}),
     (ARGMAX, "argmax, ragged", {"batch independent"}),
+    (GELU, "GELU of BEiT-B", {"batch independent"}),
     (CONV, "first of a block at 112²", {"batch independent"}),
     (CONV, "end of a block, odd sizes", {"batch independent"}),
     (EMBED, "patches of BEiT", {"batch independent", "masked pixels"}),
@@ -132,6 +134,11 @@ def without(name: str) -> Callable[[Call], Call]:
 
 def unsmoothed(call: Call) -> Call:
     return replace(call, shape=replace(call.shape, smoothing=0.0))
+
+
+def by_tanh(call: Call, _out: Tensor) -> Tensor:
+    z = call.leaves["x"] + call.leaves["bias"]
+    return torch.nn.functional.gelu(z, approximate="tanh")
 
 
 def without_relu(call: Call) -> Call:
@@ -187,6 +194,8 @@ WRONG = [
     (ARGMAX, "argmax of a tokenizer", changed(ARGMAX, index=lambda _, i: i.int()), "error"),
     (ARGMAX, "argmax of a tokenizer", changed(ARGMAX, index=lambda _, i: i - 1000), "error"),
     (ARGMAX, "argmax, ties", changed(ARGMAX, index=last_of_equals), "lowest of equals"),
+    (GELU, "GELU of BEiT-B", with_call(GELU, deaf("bias")), "error"),
+    (GELU, "GELU, tails", changed(GELU, out=by_tanh), "error"),
     (CONV, "end of a block at 112²", with_call(CONV, without("residual")), "error"),
     (CONV, "first of a block at 112²", with_call(CONV, without_relu), "error"),
     (CONV, "convolution at 112²", changed(CONV, out=lambda _, x: x.roll(1, 3)), "error"),

@@ -77,6 +77,6 @@ OPERATION = Operation(
     problems=PROBLEMS,
     peers=PEERS,
     targets=TARGETS,
-    share=0.18,
+    share=0.16,
     judge=judge_in_own_precision,
 )
