@@ -174,6 +174,7 @@ PEERS = {
     "linear_argmax": "GEMM mm argmax torch.compile",
     "patch embedding": "eager conv2d torch.compile",
     "frozen convolutions": "cuDNN torch.compile",
+    "bias and GELU": "eager torch.compile",
 }
 
 

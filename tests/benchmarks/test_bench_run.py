@@ -28,7 +28,8 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
         "-m", "benchmarks.gpu", "--dry-run", "--minutes", "4", "--out", tmp_path,
         "--only", "expand 5 x 7", "--only", "LayerNorm of BEiT-B", "--only", "residual alone",
         "--only", "rows selected", "--only", "argmax of one row", "--only", "patches, small",
-        "--only", "convolution of one pixel",
+        "--only", "convolution of one pixel", "--only", "GELU of one row",
+        "--only", "training curve",
         env={"PYTHONPATH": str(repo_root)}, timeout_s=240,
     )  # fmt: skip
     (folder,) = result_folders(tmp_path)
@@ -49,6 +50,7 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
         "CUDA graph",
         "checkpointing",
         "autocast",
+        "training curve",
     } <= checks
     bad = [row for row in rows if row.get("status") in ("fail", "failed", "wrong")]
     assert not bad, bad
