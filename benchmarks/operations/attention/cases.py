@@ -15,7 +15,7 @@ SQUARE, OBLONG = (14, 14), (5, 7)
 CASES = (
     Case(
         "BEiT at 224 pixels",
-        "the whole-row path",
+        "three blocks of keys and a narrow last one",
         Attention(3, 3, 197, 197, kind="packed"),
         machinery=True,
     ),
