@@ -58,17 +58,17 @@ def as_view(tensor, kind):
 
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "odd offset", "every second element"])
 def test_views(kind) -> None:
-    """Any strides, of any argument: the same values, and where the product is the same, bits."""
+    """Any strides, of any argument: the same bits."""
     tensors, positions, targets = problem(2, 9, 5, 24, 21)
     with choices(whole_row=0 if kind == "odd offset" else 256):
         expected, counts = results(triton, tensors, positions, targets)
         viewed = [as_view(x, kind) for x in tensors]
         found, again = results(triton, viewed, as_view(positions, kind), as_view(targets, kind))
     assert again == counts
-    # For a weight whose rows don't lie in one piece the library may take another product.
+    # The product may be another of the library's for a weight that lies transposed.
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-    if kind in ("sliced", "odd offset"):
+    if kind != "transposed":
         same(found, expected)
 
 

@@ -82,7 +82,7 @@ def run_forward(
     bias = _readable(bias)
     with on_device(hidden), torch.autocast(hidden.device.type, enabled=False):
         arguments.gather_launch(hidden, positions, targets, rows, labels, sources, classes).run()
-        torch.mm(rows, weight.t(), out=logits[:, :classes])
+        torch.mm(rows, _plain(weight).t(), out=logits[:, :classes])
         if arguments.is_whole(config, classes):
             arguments.whole_launch(
                 logits, bias, labels, losses, counts, partials, classes, smoothing,
@@ -114,6 +114,12 @@ def _readable(bias: Tensor | None) -> Tensor | None:
     return memory
 
 
+def _plain(weight: Tensor) -> Tensor:
+    """The weight itself wherever rows or columns lie in one piece, as a product reads them; the
+    library would copy another, and might then take another product, with other bits."""
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b into fp32: in fp16 a sum over rows, which is not scaled yet, could overflow."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -137,7 +143,7 @@ def run_backward(
     logit_gradient = gradient[:, : weight.shape[0]] if gradient.numel() else gradient
     with on_device(dloss), torch.autocast(dloss.device.type, enabled=False):
         if dhidden.numel():
-            product = _product(logit_gradient, weight)
+            product = _product(logit_gradient, _plain(weight))
             arguments.scatter_launch(product, sources, dloss, count, dhidden).run()
         if dweight.numel():
             product = _product(logit_gradient.t(), rows)
