@@ -1,10 +1,36 @@
-"""`benchmarks` is not installed: the checkout has to be on the path, however pytest began."""
+"""`benchmarks` is not installed: the checkout has to be on the path, however pytest began.
+
+``--record`` keeps what a run measures (see `benchmarks.recorder`).
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("benchmark").addoption(
+        "--record",
+        nargs="?",
+        const=Path(ROOT, "benchmarks", "results"),
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="keep the results: a dated folder in DIR (benchmarks/results, for whole runs)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    out = config.getoption("record", None)
+    if out is not None:
+        from benchmarks.recorder import Recorder, check_options
+
+        check_options(config, out)
+        config.pluginmanager.register(Recorder(config, out), "benchmarks.recorder")

@@ -1,7 +1,7 @@
 """A folder of results: made once, never overwritten, complete up to the last line however it ended.
 
-<date>T<time>Z-<gpu>-<source>/
-    environment.json   GPU, driver, clocks, versions, source, command
+<date>T<time>Z-<cpu or gpu>-<source>/
+    environment.json   CPU, GPU, driver, clocks, versions, source, command
     rows.jsonl         one JSON object a line, written and synced as soon as it is known
     summary.md         the same in tables
 """
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,10 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def without_places(text: str) -> str:
-    """Results are published: the checkout and the home folder of whoever ran them go unnamed."""
+    """Results are published: the checkout, the home folder and the folder for temporary files of
+    whoever ran them go unnamed."""
     text = text.replace(str(ROOT), ".")
     home = os.path.expanduser("~")
-    return text.replace(home, "~") if len(home) > 1 else text
+    text = text.replace(home, "~") if len(home) > 1 else text
+    return text.replace(tempfile.gettempdir(), "$TMPDIR")
 
 
 def plain(value: Any) -> Any:

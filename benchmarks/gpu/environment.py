@@ -47,6 +47,9 @@ SMI_FIELDS = (
     "mig.mode.current",
 )
 
+MEASURED = ("fastbeit", "kernels", "benchmarks")
+"""Folders whose code a result depends on."""
+
 Row = dict[str, Any]
 
 
@@ -82,16 +85,16 @@ def commit() -> str | None:
         run = lambda *words: subprocess.run(  # noqa: E731
             ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-        changed = run("status", "--porcelain", "--", "kernels", "benchmarks")
+        changed = run("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
         return run("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def source_hash() -> str:
-    """Over the kernels and the benchmarks: what was measured, wherever the checkout came from."""
+    """Over the sources: what was measured, wherever the checkout came from."""
     digest = hashlib.sha256()
-    for folder in ("kernels", "benchmarks"):
+    for folder in MEASURED:
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.relative_to(ROOT).as_posix().encode())
             digest.update(path.read_bytes())

@@ -1,0 +1,124 @@
+"""Rows of the suites, read: who is whose twin, and how many times its time.
+
+A row is told apart by (suite, part, path, dtype, sizes); a repeated one replaces the earlier. Its
+twin has the same suite, part and sizes, and the path "reference". Ratios are of medians, and their
+uncertainty follows from the spread of the samples: for n samples of a normal distribution the
+median's standard error is 1.2533 sigma / sqrt(n), and 2.563 sigma lie between p10 and p90.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.results import read_environment, read_rows, result_folders
+from benchmarks.suite import REFERENCE
+
+Row = dict[str, Any]
+KIND = "suite"
+"""``kind`` of a row; "suites" is that of an environment."""
+COMMAND = "python -m pytest benchmarks/ --benchmark-only --record"
+
+
+class Key(NamedTuple):
+    suite: str
+    part: str
+    path: str
+    dtype: str
+    sizes: str
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {told(value)}" for name, value in json.loads(self.sizes).items())
+        words = [self.suite, self.part, self.path, self.dtype, sizes]
+        return " / ".join(word for word in words if word)
+
+
+class Ratio(NamedTuple):
+    """A time over its twin's; ``error`` is the relative standard error."""
+
+    value: float
+    error: float
+
+
+def told(value: Any) -> str:
+    """A size in a table."""
+    return "×".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def key_of(row: Row) -> Key:
+    sizes = json.dumps(row.get("sizes") or {}, sort_keys=True)
+    return Key(row["suite"], row["part"], row["path"], row.get("dtype") or "", sizes)
+
+
+def suite_rows(rows: Iterable[Row]) -> dict[Key, Row]:
+    """The last row of each key, in the order in which the keys first came."""
+    return {key_of(row): row for row in rows if row.get("kind") == KIND}
+
+
+def twin(key: Key, rows: dict[Key, Row]) -> Row | None:
+    """The measured reference of ``key``; of its dtype where there are several, else the first."""
+    same = [
+        (other, row)
+        for other, row in rows.items()
+        if (other.suite, other.part, other.sizes) == (key.suite, key.part, key.sizes)
+        and other.path == REFERENCE
+        and row["status"] == "ok"
+    ]
+    same.sort(key=lambda pair: pair[0].dtype != key.dtype)
+    return same[0][1] if same else None
+
+
+def spread(row: Row) -> float:
+    """Relative standard error of the row's median."""
+    sigma = (row["p90_ms"] - row["p10_ms"]) / 2.563
+    return 1.2533 * sigma / math.sqrt(row["n"]) / row["ms"]
+
+
+def ratio(key: Key, rows: dict[Key, Row]) -> Ratio | None:
+    """Time over the twin's; None for the twin itself, what wasn't measured, and what has none."""
+    row, other = rows[key], twin(key, rows)
+    if row["status"] != "ok" or other is None or other is row:
+        return None
+    return Ratio(row["ms"] / other["ms"], math.hypot(spread(row), spread(other)))
+
+
+class SuiteRun:
+    """A recorded run of the suites."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = read_environment(folder)
+        self.rows = suite_rows(read_rows(folder))
+
+    @property
+    def machine(self) -> str:
+        """What two runs must share to be compared."""
+        about = self.environment
+        device, threads = about["device"], about["threads"]
+        return f"{device}, {about['cpu']['usable_cores']:g} cores, {threads} threads"
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.environment.get("ended"))
+
+
+def is_suite_run(folder: Path) -> bool:
+    return read_environment(folder).get("kind") == "suites"
+
+
+def suite_runs(results: Path) -> list[SuiteRun]:
+    """All of them, the oldest first."""
+    return [SuiteRun(folder) for folder in result_folders(results) if is_suite_run(folder)]
+
+
+def newest_by_machine(results: Path) -> list[SuiteRun]:
+    """The last run of each machine; one that was cut short only where there is no other."""
+    newest: dict[str, SuiteRun] = {}
+    for run in suite_runs(results):
+        held = newest.get(run.machine)
+        if held is None or run.ended or not held.ended:
+            newest[run.machine] = run
+    return list(newest.values())
