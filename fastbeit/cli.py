@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,6 +22,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 from fastbeit.recipes import DEFAULT_RECIPE, RECIPES, list_recipes, load_recipe
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.config_io import load_config
+from fastbeit.training.scale_assumptions import Assumptions, load_assumptions
 
 USAGE_ERROR = 2
 """Exit code of a command line that cannot be obeyed."""
@@ -42,6 +43,9 @@ class CommandOptions:
     """With --plan: the number of GPUs, when not started by torchrun."""
     images_per_s: Annotated[float | None, arg(metavar="RATE")] = None
     """With --plan: images per second and GPU to reckon hours with."""
+    scale_assumptions: Annotated[Path | None, arg(metavar="FILE")] = None
+    """With --plan: a JSON file of numbers that the model of many GPUs takes in place of its own
+    (docs/scale.md)."""
     list_recipes: FlagCreatePairsOff[bool] = False
     """Print the recipes, and exit."""
 
@@ -58,6 +62,8 @@ class Command:
     """Ranks to plan for."""
     images_per_s: float | None = None
     """Images per second and GPU to plan with."""
+    numbers: Assumptions = field(default_factory=Assumptions)
+    """What the plan assumes of many GPUs."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,12 @@ def print_plan(command: Command, prog: str = "python -m fastbeit.pretrain") -> N
     if not _speaks():
         return
     try:
-        print_forecast(command.config, gpus=command.gpus, images_per_s=command.images_per_s)
+        print_forecast(
+            command.config,
+            gpus=command.gpus,
+            images_per_s=command.images_per_s,
+            numbers=command.numbers,
+        )
     except ValueError as error:
         _refuse(prog, str(error))
 
@@ -166,7 +177,11 @@ def _one_length(config: PretrainConfig, flags: list[str]) -> PretrainConfig:
 
 def _command(config: PretrainConfig, options: CommandOptions) -> Command:
     if not options.plan:
-        for flag, value in (("--gpus", options.gpus), ("--images-per-s", options.images_per_s)):
+        for flag, value in (
+            ("--gpus", options.gpus),
+            ("--images-per-s", options.images_per_s),
+            ("--scale-assumptions", options.scale_assumptions),
+        ):
             if value is not None:
                 hint = " (torchrun --nproc-per-node sets the ranks)" if flag == "--gpus" else ""
                 raise ValueError(f"{flag} only goes with --plan{hint}")
@@ -175,7 +190,8 @@ def _command(config: PretrainConfig, options: CommandOptions) -> Command:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     if options.images_per_s is not None and not options.images_per_s > 0.0:
         raise ValueError(f"--images-per-s must be positive, got {options.images_per_s}")
-    return Command(config, options.plan, gpus, options.images_per_s)
+    numbers = load_assumptions(options.scale_assumptions)
+    return Command(config, options.plan, gpus, options.images_per_s, numbers)
 
 
 def _value_of(flag: str, flags: list[str]) -> str | None:

@@ -28,6 +28,8 @@ from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import count_parameters, step_flops, student_flops, tokenizer_flops
 from fastbeit.training.memory import checkpoint_bytes, rank_memory
 from fastbeit.training.peak import peak_flops
+from fastbeit.training.scale_assumptions import Assumptions
+from fastbeit.training.scale_plan import scale_table
 
 IMAGENET_1K = 1_281_167
 PUBLISHED_IMAGES_PER_S = 148
@@ -62,8 +64,7 @@ def forecast(
     Raises:
         ValueError: the batch can't be cut for so many ranks, or the warm-up outlasts the run.
     """
-    if config.run.precision == "auto":  # the plan is for GPUs, and there that means bf16
-        config = replace(config, run=replace(config.run, precision="bf16"))
+    config = _for_gpus(config)
     layout_ = layout.resolve_batch(config, gpus)
     images, images_note = _num_images(config)
     dvae, dvae_note = _tokenizer_config(config)
@@ -83,9 +84,14 @@ def print_forecast(
     *,
     gpus: int,
     images_per_s: float | None = None,
+    numbers: Assumptions | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints :func:`forecast` as a table."""
+    """Prints :func:`forecast` as a table, and the model of many GPUs under it.
+
+    Args:
+        numbers: what that model assumes; None: its defaults.
+    """
     console = console or Console(width=_columns())
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -99,6 +105,24 @@ def print_forecast(
     devices = "1 device" if gpus == 1 else f"{gpus} devices"
     title = f"Plan of {config.recipe} on {devices}: counted, where not called an estimate"
     console.print(Group(Text(title, style="bold"), table))
+    config = _for_gpus(config)
+    console.print(
+        scale_table(
+            config,
+            _tokenizer_config(config)[0],
+            gpus,
+            device=REFERENCE_GPU,
+            numbers=numbers or Assumptions(),
+            images_per_s=images_per_s,
+        )
+    )
+
+
+def _for_gpus(config: PretrainConfig) -> PretrainConfig:
+    """The plan is for GPUs, and there ``--precision auto`` means bf16."""
+    if config.run.precision != "auto":
+        return config
+    return replace(config, run=replace(config.run, precision="bf16"))
 
 
 def _columns() -> int | None:
