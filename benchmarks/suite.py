@@ -30,7 +30,6 @@ from benchmarks.ceilings import ceiling
 from benchmarks.gpu.environment import commit, version_of
 from benchmarks.roofline import Work
 
-REFERENCE = "reference"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUND_S = 0.02
 """A round of a quick call repeats it until it lasts this long: below, the clock is what's timed."""

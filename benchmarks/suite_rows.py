@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.results import read_environment, read_rows, result_folders
-from benchmarks.suite import REFERENCE
 
 Row = dict[str, Any]
+REFERENCE = "reference"
 KIND = "suite"
 """``kind`` of a row; "suites" is that of an environment."""
 COMMAND = "python -m pytest benchmarks/ --benchmark-only --record"
@@ -41,6 +41,9 @@ class Ratio(NamedTuple):
 
     value: float
     error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {2 * self.error * self.value:.2f}"
 
 
 def told(value: Any) -> str:
@@ -80,8 +83,11 @@ def spread(row: Row) -> float:
 def ratio(key: Key, rows: dict[Key, Row]) -> Ratio | None:
     """Time over the twin's; None for the twin itself, what wasn't measured, and what has none."""
     row, other = rows[key], twin(key, rows)
-    if row["status"] != "ok" or other is None or other is row:
-        return None
+    return None if row["status"] != "ok" or other is None or other is row else over(row, other)
+
+
+def over(row: Row, other: Row) -> Ratio:
+    """Two measured rows' times, the first over the second."""
     return Ratio(row["ms"] / other["ms"], math.hypot(spread(row), spread(other)))
 
 
@@ -98,7 +104,8 @@ class SuiteRun:
         """What two runs must share to be compared."""
         about = self.environment
         device, threads = about["device"], about["threads"]
-        return f"{device}, {about['cpu']['usable_cores']:g} cores, {threads} threads"
+        cores = about["cpu"]["usable_cores"]
+        return f"{device}, {cores:g} cores, {threads} thread{'' if threads == 1 else 's'}"
 
     @property
     def ended(self) -> bool:

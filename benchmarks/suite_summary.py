@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.gpu.summary import number
-from benchmarks.suite import REFERENCE
-from benchmarks.suite_rows import Key, Row, ratio, told
+from benchmarks.suite_rows import REFERENCE, Key, Row, ratio, told
 
 HEAD = (
     "| part | sizes | path | dtype | ms | p10–p90 | n | images/s | GFLOP/s | GB/s | of the limit "

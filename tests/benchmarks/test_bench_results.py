@@ -20,6 +20,7 @@ from benchmarks.gpu.verdict import targets, verdicts
 from benchmarks.operation import OURS
 from benchmarks.operations.attention.cases import BASE as PACKED
 from benchmarks.operations.attention.cases import BASE_SEPARATE, FLASH2
+from benchmarks.report import gpu
 from benchmarks.results import ResultFolder, read_rows, result_folders
 from benchmarks.roofline import Ceiling
 
@@ -228,8 +229,8 @@ def folder_of(path: Path, environment: dict[str, Any], rows: list[dict[str, Any]
 
 def test_report_without_results_claims_nothing(tmp_path: Path) -> None:
     folder_of(tmp_path / "r" / "2026-dry", {**ENVIRONMENT, "gpu": None, "dry_run": True}, ROWS)
-    assert report.newest_by_gpu(tmp_path / "r") == []
-    text = report.page([], {})
+    assert gpu.newest_by_gpu(tmp_path / "r") == []
+    text = report.page(tmp_path / "r", tmp_path)
     assert (
         text.count("not measured yet (`PYTHONPATH=kernels:. python -m benchmarks.gpu`)")
         == len(targets()) + 1
@@ -248,10 +249,10 @@ def test_report_of_results(tmp_path: Path) -> None:
     # Every table names its file; what was not measured says so.
     shown = text.count("](../benchmarks/results/2026-01-02-h100/rows.jsonl)")
     assert shown == 1 + 2
-    untimed = len(report.all_problems()) - 2
+    untimed = len(gpu.all_problems()) - 2
     judged = {row["target"]: row["status"] for row in verdicts(ROWS, "NVIDIA H100")}
     unjudged = sum(status == "not measured" for status in judged.values())
-    assert text.count("not measured yet") == untimed + unjudged
+    assert text.count(gpu.NOT_MEASURED) == untimed + unjudged
     plots = sorted((docs / "performance" / "2026-01-02-h100").iterdir())
     assert [plot.suffix for plot in plots] == [".svg", ".svg"]
     assert all(f"performance/2026-01-02-h100/{plot.name}" in text for plot in plots)
@@ -259,21 +260,10 @@ def test_report_of_results(tmp_path: Path) -> None:
 
 
 def test_the_page_in_the_tree_is_what_the_results_say(repo_root: Path) -> None:
-    runs = report.newest_by_gpu(repo_root / "benchmarks" / "results")
     docs = repo_root / "docs"
-    plots = {
-        run.folder.name: [
-            path.relative_to(docs).as_posix()
-            for problem in report.all_problems()
-            for path in [
-                docs / "performance" / run.folder.name / f"{report.slug(problem.name)}.svg"
-            ]
-            if path.is_file()
-        ]
-        for run in runs
-    }
     written = (docs / "performance.md").read_text(encoding="utf-8")
-    assert written == report.page(runs, plots), "run python -m benchmarks.report"
+    page = report.page(repo_root / "benchmarks" / "results", docs)
+    assert written == page, "run python -m benchmarks.report"
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--workers", "0"]])
