@@ -1,0 +1,57 @@
+"""The frozen tokenizer at the DALL-E encoder's size: 112x112 pixels to 14x14 tokens of 8192 codes.
+
+    pytest benchmarks/test_tokenizer.py --benchmark-only
+
+Random weights (a download would add nothing to a time). The reference computes logits at every
+patch in NCHW memory, as the official code does; ours the masked patches' codes only. The share of
+tokens that equal the fp32 reference's is asserted before anything is timed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.steps import expected, tokenizers
+from benchmarks.steps.problem import base_for, emulated
+from benchmarks.suite import DEVICE, measure, missing
+
+EQUAL = {torch.float32: 0.999, torch.bfloat16: 0.8, torch.float16: 0.95}
+"""Least share of equal tokens. In fp32 a code may be another where two scores tie to rounding; in
+16 bits, of random weights' many near ties, the more the fewer bits there are."""
+PATHS = {"reference": tokenizers.reference, "fast": tokenizers.ours}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", EQUAL, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_tokenizer(benchmark: Any, path: str, dtype: torch.dtype) -> None:
+    """Codes of the masked patches of a batch."""
+    if (reason := emulated(DEVICE, dtype)) is not None:
+        missing(reason)
+    problem, device = base_for(DEVICE), torch.device(DEVICE)
+    batch = problem.batch_on(device)
+    tokenize = PATHS[path](problem, device, dtype)
+
+    def check() -> None:
+        truth = expected.targets(problem, DEVICE)
+        share = tokenizers.equal_share(tokenize(batch), truth)
+        benchmark.extra_info["equal_tokens"] = share
+        assert share >= EQUAL[dtype], f"only {100 * share:.1f} % of the tokens are fp32's"
+
+    measure(
+        benchmark,
+        lambda: tokenize(batch),
+        suite="tokenizer",
+        part="encode",
+        path=path,
+        check=check,
+        images=problem.batch,
+        work=problem.tokenizer_work(),
+        dtype=str(dtype).removeprefix("torch."),
+        rounds=4,
+        warmup=0,
+        batch=problem.batch,
+        image=problem.token_side[0],
+    )
