@@ -40,6 +40,7 @@ COMPILES = DEVICE == "cuda" or environment.cpu_bf16() is not None
 
 
 def student_of(path: str, problem: Problem, dtype: torch.dtype) -> Student:
+    """Built, or the row is missing with the reason."""
     if (reason := emulated(DEVICE, dtype)) is not None:
         missing(reason)
     if path.endswith("compiled") and not COMPILES:
@@ -58,6 +59,8 @@ def student_of(path: str, problem: Problem, dtype: torch.dtype) -> Student:
 def test_forward(benchmark: Any, path: str, dtype: str) -> None:
     """The loss of a batch, nothing recorded."""
     problem, precision = base_for(DEVICE), getattr(torch, dtype)
+    about = {"suite": "model", "part": "forward", "path": path, "dtype": dtype}
+    benchmark.extra_info.update(about, sizes=problem.sizes)  # also of a row that is missing
     student = student_of(path, problem, precision)
     batch = problem.batch_on(DEVICE)
     wanted, codes = expected.numbers(problem, DEVICE), expected.targets(problem, DEVICE)
@@ -70,13 +73,10 @@ def test_forward(benchmark: Any, path: str, dtype: str) -> None:
     measure(
         benchmark,
         run,
-        suite="model",
-        part="forward",
-        path=path,
+        **about,
         check=lambda: expected.assert_forward(student, batch, wanted, allowed),
         images=problem.batch,
         work=problem.forward_work(),
-        dtype=dtype,
         rounds=3,
         warmup=0,
         **problem.sizes,
@@ -88,6 +88,8 @@ def test_forward(benchmark: Any, path: str, dtype: str) -> None:
 def test_forward_and_backward(benchmark: Any, path: str, dtype: str) -> None:
     """The loss of a batch and every gradient."""
     problem, precision = base_for(DEVICE), getattr(torch, dtype)
+    about = {"suite": "model", "part": "forward and backward", "path": path, "dtype": dtype}
+    benchmark.extra_info.update(about, sizes=problem.sizes)  # also of a row that is missing
     student = student_of(path, problem, precision)
     batch = problem.batch_on(DEVICE)
     wanted, codes = expected.numbers(problem, DEVICE), expected.targets(problem, DEVICE)
@@ -95,13 +97,10 @@ def test_forward_and_backward(benchmark: Any, path: str, dtype: str) -> None:
     measure(
         benchmark,
         lambda: student.both(batch, codes),
-        suite="model",
-        part="forward and backward",
-        path=path,
+        **about,
         check=lambda: expected.assert_both(student, batch, codes, wanted, allowed),
         images=problem.batch,
         work=problem.both_work(),
-        dtype=dtype,
         rounds=2,
         warmup=0,
         **problem.sizes,

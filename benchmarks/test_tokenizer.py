@@ -18,19 +18,23 @@ from benchmarks.steps import expected, tokenizers
 from benchmarks.steps.problem import base_for, emulated
 from benchmarks.suite import DEVICE, measure, missing
 
-EQUAL = {torch.float32: 0.999, torch.bfloat16: 0.8, torch.float16: 0.95}
+EQUAL = {"float32": 0.999, "bfloat16": 0.8, "float16": 0.95}
 """Least share of equal tokens. In fp32 a code may be another where two scores tie to rounding; in
 16 bits, of random weights' many near ties, the more the fewer bits there are."""
 PATHS = {"reference": tokenizers.reference, "fast": tokenizers.ours}
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("dtype", EQUAL, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_tokenizer(benchmark: Any, path: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", EQUAL)
+def test_tokenizer(benchmark: Any, path: str, name: str) -> None:
     """Codes of the masked patches of a batch."""
+    problem, device = base_for(DEVICE), torch.device(DEVICE)
+    about = {"suite": "tokenizer", "part": "encode", "path": path, "dtype": name}
+    sizes: dict[str, Any] = {"image": problem.token_side[0], "batch": problem.batch}
+    benchmark.extra_info.update(about, sizes=sizes)  # also of a row that is missing
+    dtype = getattr(torch, name)
     if (reason := emulated(DEVICE, dtype)) is not None:
         missing(reason)
-    problem, device = base_for(DEVICE), torch.device(DEVICE)
     batch = problem.batch_on(device)
     tokenize = PATHS[path](problem, device, dtype)
 
@@ -38,20 +42,16 @@ def test_tokenizer(benchmark: Any, path: str, dtype: torch.dtype) -> None:
         truth = expected.targets(problem, DEVICE)
         share = tokenizers.equal_share(tokenize(batch), truth)
         benchmark.extra_info["equal_tokens"] = share
-        assert share >= EQUAL[dtype], f"only {100 * share:.1f} % of the tokens are fp32's"
+        assert share >= EQUAL[name], f"only {100 * share:.1f} % of the tokens are fp32's"
 
     measure(
         benchmark,
         lambda: tokenize(batch),
-        suite="tokenizer",
-        part="encode",
-        path=path,
+        **about,
         check=check,
         images=problem.batch,
         work=problem.tokenizer_work(),
-        dtype=str(dtype).removeprefix("torch."),
         rounds=4,
         warmup=0,
-        batch=problem.batch,
-        image=problem.token_side[0],
+        **sizes,
     )

@@ -18,6 +18,8 @@ from fastbeit.batch import MimBatch
 from fastbeit.data import MaskSpec, draw_masks, mask_positions
 from fastbeit.model import Backends, BeitConfig, BeitForMim
 from fastbeit.model.backends import AUTO
+from fastbeit.recipes.demo import config as recipe
+from fastbeit.tokenizer import load_tokenizer
 from fastbeit.tokenizer.dvae import DvaeConfig, Encoder, initialise
 from fastbeit.training.cost import count_parameters, student_flops, tokenizer_flops
 
@@ -164,6 +166,14 @@ TINY = Problem(
 def base_for(device_type: str) -> Problem:
     """ViT-B at 224 pixels; a CPU takes seconds for an image, a GPU wants many at once."""
     return BASE if device_type == "cpu" else replace(BASE, batch=GPU_BATCH)
+
+
+def demo() -> Problem:
+    """The demo recipe's model and tokenizer: 28 pixels, four blocks of 128."""
+    config = recipe()
+    model = replace(config.model, drop_path=0.0)
+    dvae = load_tokenizer(config.tokenizer.tokenizer).config
+    return Problem("demo", model, dvae, config.run.global_batch, config.mask.target)
 
 
 def emulated(device_type: str, dtype: torch.dtype) -> str | None:
