@@ -20,6 +20,8 @@ class MimBatch:
             each block, or None when nothing is dropped.
         index: ``[B]`` int64 sample numbers in the source, on the CPU: they name samples in logs and
             are never read by the device.
+        targets: ``[B, M]`` int64 tokens of the masked patches where they were made beforehand, else
+            None.
     """
 
     images: Tensor
@@ -27,6 +29,7 @@ class MimBatch:
     positions: Tensor
     drop_scale: Tensor | None
     index: Tensor
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

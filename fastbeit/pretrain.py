@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,17 +26,25 @@ from fastbeit.batch import MimBatch
 from fastbeit.data import BatchSchedule, make_loader, open_source
 from fastbeit.data.bad import TooManyBadSamples
 from fastbeit.model import BeitForMim
-from fastbeit.tokenizer import load_tokenizer
 from fastbeit.training import checkpoint, control, distributed, ending, layout, setup
 from fastbeit.training.backends import settle_backends
 from fastbeit.training.chance import PositionalStats
 from fastbeit.training.compiling import compile_blocks
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import mfu_meter
+from fastbeit.training.feed import Feed
 from fastbeit.training.finish import finish_run
-from fastbeit.training.optimizer import build_optimizer, optimizer_tensors, set_lr
+from fastbeit.training.graph import GraphedStep
+from fastbeit.training.optimizer import (
+    build_optimizer,
+    make_capturable,
+    optimizer_tensors,
+    set_lr,
+)
 from fastbeit.training.schedule import cosine_schedule
-from fastbeit.training.step import TrainStep, Window, phase
+from fastbeit.training.speed import settle_speed
+from fastbeit.training.step import TrainStep, Window
+from fastbeit.training.tokenizing import load_run_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,38 +84,44 @@ def train(
     backends, notes = settle_backends(config, world.device)
     distributed.seed_everything(config.run.seed)
     source = setup.in_turn(world, lambda: open_source(config.data.data))
-    tokenizer = load_tokenizer(
-        config.tokenizer.tokenizer,
-        device=world.device,
-        dtype=setup.DTYPES[config.tokenizer.tokenizer_precision],
-        impl=config.run.kernels,
-    )
+    tokenizer, config, told = load_run_tokenizer(config, source, world, saved)
     views = setup.view_spec(config, tokenizer)
     plan = config.plan_spec()
     schedule = BatchSchedule(len(source), config.run.global_batch, config.run.seed)
     total_steps = layout.total_steps(config, len(source))
     warmup_steps = layout.warmup_steps(config, len(source))
     micro_batch, accumulation, batch_note = layout.resolve_batch(config, world.size)
+    speed = settle_speed(config, tokenizer.config, world, micro_batch)
+    notes += [*told, *speed.notes]
 
     # 2. Model and optimizer, the same on every rank, spread by FSDP2.
     model = BeitForMim(config.model, seed=config.run.seed, backends=backends).to(world.device)
+    model.set_checkpointing(speed.checkpointing)
     notes.append(compile_blocks(model, config, world, total_steps))
-    mesh = distributed.make_mesh(world, config.run.shard)
-    distributed.shard_model(model, mesh, mode=config.run.shard, precision=config.run.precision)
+    placement = distributed.place_model(
+        model, world, mode=config.run.shard, precision=config.run.precision
+    )
     optimizer = build_optimizer(model, config.optimizer)
     grid = config.model.grid
     stats = PositionalStats(grid[0] * grid[1], config.model.vocab_size, world.device)
-    copies = mesh["replicate"].size() if "replicate" in (mesh.mesh_dim_names or ()) else 1
-    step_runner = TrainStep(
+
+    def encode(batch: MimBatch) -> torch.Tensor:
+        return tokenizer.encode(batch.token_images, batch.positions)
+
+    step_runner: TrainStep | GraphedStep = TrainStep(
         model,
         optimizer,
-        lambda batch: tokenizer.encode(batch.token_images, batch.positions),
+        encode,
         world,
         slots=config.run.global_batch * plan.mask.slots,
         clip_norm=config.optimizer.clip_norm,
-        copies=copies,
+        copies=placement.copies,
+        weights=placement.weights,
         observe=stats.update,
     )
+    if speed.graph:
+        make_capturable(optimizer, world.device)
+        step_runner = GraphedStep(step_runner)
 
     # 3. Where it was left, if it was.
     def tensors() -> dict[str, torch.Tensor]:
@@ -170,7 +184,15 @@ def train(
     window = Window(world.device)
     # The device may be a few steps behind when it tells of the first bad one.
     recent: deque[tuple[int, list[int]]] = deque(maxlen=config.run.nonfinite_limit + 16)
-    feed = Feed(loader, watchdog, world.device)
+    last_step = min(total_steps, config.run.stop_after or total_steps)
+    feed = Feed(
+        loader,
+        watchdog,
+        world.device,
+        batches=(last_step - start_step) * accumulation,
+        encode=encode if speed.ahead else None,
+        graph=speed.graph,
+    )
     skipped = saved.state["skipped_steps"] if saved else 0
     trained_s = saved.state["trained_s"] if saved else 0.0
     began_s = window_s = time.perf_counter()
@@ -203,6 +225,8 @@ def train(
             finished = step + 1
             recent.append((step, feed.sample_ids))
             after_step()
+            if finished - start_step == setup.WARM_UP_STEPS:
+                setup.tell_warm_up(log, world.device, began_s)  # host sync, once a run
 
             if window.streak_if_ready() >= config.run.nonfinite_limit:
                 vote.ask(control.EXIT_NONFINITE)
@@ -279,39 +303,6 @@ def train(
     log.close()
     del lock
     return ending.end(run_dir, world, control.EXIT_OK, finished, "finished")
-
-
-class Feed:
-    """Hands out a step's micro-batches, and measures how long the loop waited for them."""
-
-    def __init__(self, loader: Any, watchdog: control.Watchdog, device: torch.device) -> None:
-        self.sample_ids: list[int] = []
-        self._loader = loader
-        self._batches = iter(loader)
-        self._watchdog = watchdog
-        self._waited_s = 0.0
-
-    def take(self, step: int, accumulation: int) -> Iterator[MimBatch]:
-        """The micro-batches of one step, on the device."""
-        self.sample_ids = []
-        for _ in range(accumulation):
-            self._watchdog.at(step, "loading")
-            before_s = time.perf_counter()
-            with phase("load"):
-                batch = next(self._batches)
-            self._waited_s += time.perf_counter() - before_s
-            self._watchdog.at(step, "computing")
-            self.sample_ids += batch.index.tolist()
-            yield batch
-
-    def read_waited_s(self) -> float:
-        """Seconds waited since the last call."""
-        waited_s, self._waited_s = self._waited_s, 0.0
-        return waited_s
-
-    def close(self) -> None:
-        """Stop the loader's workers."""
-        self._loader.close()
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastbeit import cli, pretrain
+from fastbeit.data import open_source
 from fastbeit.tokenizer import load_tokenizer
 from fastbeit.training import control, distributed, layout, setup, trace
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import student_flops, tokenizer_flops
 from fastbeit.training.peak import peak_flops
+from fastbeit.training.tokenizing import choose_precision
 
 PROG = "python -m fastbeit.profile"
 PRODUCT_SIDE = 2048
@@ -182,7 +184,12 @@ def _write(
     events: Any = recorder.profiler.events() or []
     times = trace.time_by_part(events, on_gpu=world.device.type == "cuda")
     micro_batch, accumulation, _ = layout.resolve_batch(config, world.size)
-    dvae = load_tokenizer(config.tokenizer.tokenizer).config
+    tokenizer = load_tokenizer(config.tokenizer.tokenizer, device=world.device)
+    dvae = tokenizer.config
+    if config.tokenizer.tokenizer_precision == "auto":  # as the run has chosen it
+        source = open_source(config.data.data)
+        precision: Any = choose_precision(tokenizer, config, source, world.device)[0]
+        config = replace(config, tokenizer=replace(config.tokenizer, tokenizer_precision=precision))
     slots = config.mask.target
     flops = trace.counted(
         student_flops(config.model, slots),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbeit.model.attention_backends import attend, attend_packed
 from fastbeit.model.backends import AUTO, Backends
@@ -158,6 +159,8 @@ class Block(nn.Module):
     def __init__(self, config: BeitConfig, backends: Backends = AUTO) -> None:
         super().__init__()
         self.backends = backends
+        self.checkpointing = False
+        """Keep only what the block is given, and compute it again in the backward pass. Exact."""
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(config, backends)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -191,6 +194,23 @@ class Block(nn.Module):
             ``[B, T, D]``; with rows_BM ``[B, M, D]``, where rows of empty slots mean nothing. With
             defer the stream before the MLP's branch, and the branch.
         """
+        arguments = (x_BTD, bias_HTT, drop_scale_B2, rows_BM, pending, defer)
+        if self.checkpointing and torch.is_grad_enabled():
+            # Nothing in a block draws at random: DropPath's factors are given.
+            return checkpoint(
+                self._compute, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._compute(*arguments)
+
+    def _compute(
+        self,
+        x_BTD: Tensor,
+        bias_HTT: Tensor | None,
+        drop_scale_B2: Tensor | None,
+        rows_BM: Tensor | None,
+        pending: Pending | None,
+        defer: bool,
+    ) -> Tensor | tuple[Tensor, Pending]:
         impl = self.backends.kernels
         drop_attn, drop_mlp = (None, None) if drop_scale_B2 is None else drop_scale_B2.unbind(1)
         x, normed = add_and_norm(self.norm1, x_BTD, pending, impl)

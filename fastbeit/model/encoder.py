@@ -59,6 +59,12 @@ class BeitEncoder(nn.Module):
         """The module of the shared relative table, or None."""
         return self.rel_pos_bias
 
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether blocks keep what is inside them for the backward pass, or compute it again."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.checkpointing = on
+
     def embed(self, images: Tensor, positions: Tensor | None) -> Tensor:
         """``[B, T, D]``: patches, the masked ones replaced, behind CLS, plus absolute positions."""
         config = self.config

@@ -18,7 +18,7 @@ from dataclasses import replace
 from fastbeit.recipes import beit_base_in1k
 from fastbeit.training.config import PretrainConfig
 
-SUMMARY = "the same with the paper's absolute positions, without LayerScale"
+SUMMARY = "the same as in the paper's tables: absolute positions, no LayerScale, fp32 tokens"
 NUM_IMAGES = beit_base_in1k.NUM_IMAGES
 
 
@@ -29,4 +29,5 @@ def config() -> PretrainConfig:
         base,
         recipe="beit-base-in1k-paper",
         model=replace(base.model, position="absolute", layer_scale=None),
+        tokenizer=replace(base.tokenizer, tokenizer_precision="fp32"),
     )

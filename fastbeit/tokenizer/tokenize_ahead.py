@@ -1,7 +1,7 @@
 """Target tokens of the next batch while the current one trains.
 
-    for batch, targets in TokenizeAhead(loader, encode, device):
-        ...
+    for batch in TokenizeAhead(loader, encode, device):
+        ...  # with batch.targets
 
 with ``encode = lambda batch: tokenizer.encode(batch.token_images, batch.positions)``. On a GPU the
 next batch's tokens are queued on a stream of their own before this batch is handed out, so that the
@@ -14,6 +14,7 @@ The GPU's part has not run on a GPU yet: its ordering is tested with stand-ins f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class _Queued(NamedTuple):
 
 
 class TokenizeAhead:
-    """Iterates over (batch, targets); the tokens of one batch more are always under way.
+    """Iterates over batches with targets; the tokens of one batch more are always under way.
 
     Args:
         batches: of the loader, on ``device``. One batch more than has been handed out is taken from
@@ -58,7 +59,7 @@ class TokenizeAhead:
         self._side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._encode = GraphedEncode(encode) if graph and self._side is not None else encode
 
-    def __iter__(self) -> Iterator[tuple[MimBatch, Tensor]]:
+    def __iter__(self) -> Iterator[MimBatch]:
         batches = iter(self._batches)
         ahead: _Queued | None = None
         error: Exception | None = None
@@ -71,7 +72,7 @@ class TokenizeAhead:
             except Exception as caught:  # told once the batch before it has been trained on
                 error = caught
             if ahead is not None:
-                yield ahead.batch, self._take(ahead)
+                yield replace(ahead.batch, targets=self._take(ahead))
             if error is not None:
                 raise error
             if following is None:

@@ -30,6 +30,9 @@ WITHOUT_EFFECT = frozenset(
         "run.kernels",
         "run.attention",
         "run.compile",
+        "run.activation_checkpointing",
+        "run.cuda_graph",
+        "run.tokenize_ahead",
         "data.workers",
         "data.prefetch",
         # What is watched, saved and done afterwards, and when to give up.

@@ -1,18 +1,22 @@
 """Processes, devices, and how FSDP2 spreads the model over them.
 
-One process drives one device. Everything goes through ``fully_shard``, also at one rank: the fp32
-master weights, their bf16 copies and the fp32 gradient reduction are then the same code at every
-size. Modes, for W ranks: ``none`` shards over 1 and copies over W; ``zero2`` and ``zero3`` shard
-over W, the latter freeing gathered parameters after each forward; ``hybrid`` shards inside a node
-and copies across nodes.
+One process drives one device. Several ranks go through ``fully_shard``: fp32 master weights, bf16
+copies, gradients reduced in fp32. One rank does the same without it, to the bit (``one_device.py``;
+docs/decisions/0010-one-device.md). Modes, for W ranks: ``none`` shards over 1 and copies over W;
+``zero2`` and ``zero3`` shard over W, the latter freeing gathered parameters after each forward;
+``hybrid`` shards inside a node and copies across nodes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +30,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from fastbeit.training.one_device import WorkingWeights
 from fastbeit.training.threads import settle_threads
 
 TIMEOUT = timedelta(minutes=60)
@@ -91,6 +96,8 @@ def start(asked_device: str) -> World:
     device = pick_device(asked_device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Whoever asks for fp32 gets it: by default cuDNN rounds convolutions' factors to TF32.
+        torch.backends.cudnn.allow_tf32 = False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         # torchrun keeps its store when it restarts a dead rank, with the addresses of the dead
@@ -139,6 +146,37 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class Placement(NamedTuple):
+    """How a model lies on the ranks.
+
+    copies: ranks that hold the same shard. weights: to be entered for each forward and backward
+    pass.
+    """
+
+    copies: int
+    weights: Callable[[], AbstractContextManager[None]]
+
+
+def place_model(model: nn.Module, world: World, *, mode: str, precision: str) -> Placement:
+    """Make ``model.loss`` run in ``precision`` from fp32 masters, spread over the ranks.
+
+    Raises:
+        ValueError: hybrid with another number of processes on every node.
+    """
+    if world.size == 1:
+        table = getattr(model, "rel_pos", None)
+        exact = () if table is None else (table,)
+        return Placement(1, WorkingWeights(model, _low(precision), exact))
+    mesh = make_mesh(world, mode)
+    shard_model(model, mesh, mode=mode, precision=precision)
+    copies = mesh["replicate"].size() if "replicate" in (mesh.mesh_dim_names or ()) else 1
+    return Placement(copies, contextlib.nullcontext)
+
+
+def _low(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def make_mesh(world: World, mode: str) -> DeviceMesh:
     """The mesh of a sharding mode; two-dimensional (replicate, shard) for none and hybrid."""
     names = ("replicate", "shard")
@@ -170,9 +208,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, *, mode: str, precision: str
     Compiled blocks and blocks under activation checkpointing come so to this function: checkpoint,
     compile, shard, in this order.
     """
-    low = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(
-        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=_low(precision), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     exact = MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False

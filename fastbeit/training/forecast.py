@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from rich import box
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
+from fastbeit import hardware
 from fastbeit.data import open_source
 from fastbeit.model import BeitConfig
 from fastbeit.recipes import RECIPES
@@ -26,7 +28,7 @@ from fastbeit.tokenizer.files import DEMO_PATH
 from fastbeit.training import layout
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import count_parameters, step_flops, student_flops, tokenizer_flops
-from fastbeit.training.memory import checkpoint_bytes, rank_memory
+from fastbeit.training.memory import checkpoint_bytes, choose_checkpointing, rank_memory
 from fastbeit.training.peak import peak_flops
 from fastbeit.training.scale_assumptions import Assumptions
 from fastbeit.training.scale_plan import scale_table
@@ -36,6 +38,7 @@ PUBLISHED_IMAGES_PER_S = 148
 """A GPU, official code, ViT-B at 224 px: 500,000 steps of 2048 in about 5 days on 16 V100-32GB
 (arXiv 2106.08254, appendix)."""
 REFERENCE_GPU = "NVIDIA H100 80GB HBM3"
+REFERENCE_MEMORY_BYTES = 80_000_000_000
 
 
 class Row(NamedTuple):
@@ -232,7 +235,8 @@ def _time(
 
 def _memory(config: PretrainConfig, dvae: DvaeConfig, micro_batch: int, gpus: int) -> Iterator[Row]:
     local = min(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", "8")))
-    memory = rank_memory(
+    estimate = partial(
+        rank_memory,
         config,
         dvae,
         micro_batch,
@@ -240,6 +244,14 @@ def _memory(config: PretrainConfig, dvae: DvaeConfig, micro_batch: int, gpus: in
         local_size=local,
         fused_attention=config.run.device != "cpu",
     )
+    kept, recomputed = estimate(), estimate(checkpointing=True)
+    on_cpu = config.run.device == "cpu"
+    checkpointing, why = choose_checkpointing(
+        config.run.activation_checkpointing,
+        kept,
+        hardware.memory_bytes() if on_cpu else REFERENCE_MEMORY_BYTES,
+    )
+    memory = recomputed if checkpointing else kept
     sharded = f"--shard {config.run.shard}"
     if config.run.shard == "hybrid":
         sharded += f" with {local} a node"
@@ -251,6 +263,12 @@ def _memory(config: PretrainConfig, dvae: DvaeConfig, micro_batch: int, gpus: in
         "activations",
         _bytes(memory.activations),
         f"estimate for {micro_batch} images at once (--micro-batch)",
+    )
+    yield Row(
+        "activation checkpointing",
+        "on" if checkpointing else "off",
+        f"{why}; with it {_bytes(recomputed.activations)} of activations, "
+        f"{_bytes(recomputed.peak)} at the peak, and a third more of the student's arithmetic",
     )
     yield Row("logits", _bytes(memory.loss_head), f"of {config.mask.target} slots an image")
     yield Row(

@@ -16,7 +16,7 @@ from fastbeit.training.config import PretrainConfig
 from fastbeit.training.cost import block_parameters, count_parameters
 from fastbeit.training.distributed import BLOCKS_PER_UNIT
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "auto": 4}  # a tokenizer's auto at its worst
 
 
 class RankMemory(NamedTuple):
@@ -60,10 +60,12 @@ def rank_memory(
     world_size: int,
     local_size: int,
     fused_attention: bool,
+    checkpointing: bool = False,
 ) -> RankMemory:
     """Estimated bytes on one of ``world_size`` ranks, ``local_size`` of them on a node.
 
     Args:
+        checkpointing: blocks keep their inputs only and are computed again in the backward pass.
         fused_attention: attention keeps no probabilities (PyTorch's fused kernels, on a GPU); False
             is the plain formula, which a CPU runs where the bias is trained or in bf16.
     """
@@ -90,21 +92,25 @@ def rank_memory(
         gradients=4 * own,
         optimizer_state=8 * own,
         gathered_weights=item * gathered,
-        activations=micro_batch * activation_bytes(config, fused_attention=fused_attention),
+        activations=micro_batch
+        * activation_bytes(config, fused_attention=fused_attention, checkpointing=checkpointing),
         loss_head=micro_batch * config.mask.target * model.vocab_size * (item + 4 + 4),
         tokenizer_weights=tokenizer_item * encoder_numbers(dvae),
         tokenizer_activations=micro_batch * tokenizer_item * _encoder_numbers_held(dvae, model),
     )
 
 
-def activation_bytes(config: PretrainConfig, *, fused_attention: bool) -> int:
+def activation_bytes(
+    config: PretrainConfig, *, fused_attention: bool, checkpointing: bool = False
+) -> int:
     """Bytes that autograd keeps of one image until the backward pass, the loss head left out.
 
     In widths D a token, of a block: norm 1's input and output (2), queries, keys, values (3), the
     attention's output (1), the MLP's hidden layer before and after GELU (2 x mlp_ratio), norm 2's
     input and output (2); and both branches (2) where LayerScale or DropPath multiplies them. The
     last block keeps most of that for the mask slots only. Plain attention adds its probabilities,
-    in fp32 and in the student's precision.
+    in fp32 and in the student's precision. Under checkpointing a block keeps what it is given, the
+    residual stream and the branch before it, and one block at a time all the rest.
     """
     model, slots = config.model, config.mask.target
     item = ITEM_BYTES[config.run.precision]
@@ -114,15 +120,42 @@ def activation_bytes(config: PretrainConfig, *, fused_attention: bool) -> int:
     # All tokens: norm 1's input and output, keys, values. Slots: the gathered normed rows, the
     # queries before and after emptying, attention's output likewise, norm 2's input and output.
     last = tokens * 4 * width + slots * (7 * width + 2 * hidden + branches)
-    kept = ((model.depth - 1) * full + last) * item
+    # Blocks that keep all of it: every one, or the one that is being computed again.
+    whole = 1 if checkpointing else model.depth - 1
+    kept = (whole * full + (0 if checkpointing else last)) * item
+    if checkpointing:
+        # The first block has no branch before it; the last one's goes to the last norm.
+        kept += ((2 * model.depth - 1) * tokens + slots) * width * item
+    rows = whole * tokens + (0 if checkpointing else slots)
     if fused_attention:
-        kept += model.heads * ((model.depth - 1) * tokens + slots) * 4  # a log-sum-exp a row
+        kept += model.heads * rows * 4  # a log-sum-exp a row
     else:
-        rows = (model.depth - 1) * tokens + slots
         copies = 4 if item == 4 else 4 + item
         kept += rows * model.heads * tokens * copies
     image = model.in_channels * model.image_hw[0] * model.image_hw[1]
     return kept + (image + slots * 2 * width) * item
+
+
+FITS = 0.9
+"""Share of a device's memory that the estimate may fill: what it leaves out needs the rest."""
+
+
+def choose_checkpointing(
+    asked: str, plain: RankMemory, memory_bytes: int | None
+) -> tuple[bool, str]:
+    """Whether blocks are computed again in the backward pass instead of kept, and why.
+
+    Args:
+        asked: ``--activation-checkpointing``.
+        plain: the estimate without it.
+        memory_bytes: the device's, this rank's share of it; None where unknown.
+    """
+    if asked != "auto":
+        return asked == "on", "asked for by name"
+    if memory_bytes is None:
+        return False, "the device's memory is not known"
+    share = f"an estimated {plain.peak / 1e9:.1f} GB of {memory_bytes / 1e9:.1f} GB without it"
+    return plain.peak > FITS * memory_bytes, share
 
 
 def encoder_numbers(dvae: DvaeConfig) -> int:

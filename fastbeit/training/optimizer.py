@@ -82,7 +82,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group ``lr`` times its ``lr_scale``."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let a fused AdamW be captured in a CUDA graph: learning rates become tensors on ``device``.
+
+    They are float32 then, which moves the update's rounding: 6e-8 of the learning rate.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+        group["capturable"] = True
 
 
 def scaled_step(optimizer: torch.optim.Optimizer, grad_scale: Tensor, skip: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +266,20 @@ def announce(
         log.note(note)
     if saved is not None:
         log.note(f"resuming at step {saved.step} from {saved.path}")
+
+
+WARM_UP_STEPS = 5
+"""Steps in which blocks are compiled, libraries choose algorithms and graphs are captured."""
+
+
+def tell_warm_up(log: RunLog, device: torch.device, began_s: float) -> None:
+    """Say what the first steps took, that nobody wonders at the first rates. Host sync."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    log.note(
+        f"warm-up: the first {WARM_UP_STEPS} steps took {time.perf_counter() - began_s:.1f} s, "
+        "with all that is compiled, chosen or captured in them"
+    )
 
 
 def forgiving(log: RunLog, action: Callable[[], Any]) -> None:

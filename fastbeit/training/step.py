@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastbeit.batch import MimBatch
 from fastbeit.training.distributed import World, local_shard
@@ -49,13 +50,13 @@ class TrainStep:
     """Runs optimizer steps of one model.
 
     Args:
-        model: a BeitForMim after :func:`~fastbeit.training.distributed.shard_model`.
+        model: a BeitForMim after :func:`~fastbeit.training.distributed.place_model`.
         optimizer: from :func:`~fastbeit.training.optimizer.build_optimizer`.
-        tokenize: targets of a micro-batch; runs without gradient.
+        tokenize: targets of a micro-batch that brings none; runs without gradient.
         world: the ranks.
         slots: mask slots of the global batch, ``global_batch * M``.
         clip_norm: global norm that gradients are clipped to; 0 is off.
-        copies: ranks that hold the same shard (the mesh's replicate size).
+        copies, weights: of the model's :class:`~fastbeit.training.distributed.Placement`.
         observe: called with (targets, positions) of each micro-batch, on the device.
     """
 
@@ -68,7 +69,8 @@ class TrainStep:
         *,
         slots: int,
         clip_norm: float,
-        copies: int,
+        copies: int = 1,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
         observe: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.model = model
@@ -78,6 +80,7 @@ class TrainStep:
         self.slots = slots
         self.clip_norm = clip_norm
         self.copies = copies
+        self.weights = weights
         self.observe = observe
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -85,33 +88,42 @@ class TrainStep:
         """One update from ``accumulation`` micro-batches."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(micro_batches, start=1):
-            sums += self._backward(batch, last=number == accumulation)
+            targets = self.targets(batch)
+            sums += self.backward(batch, targets, last=number == accumulation)
         with phase("update"):
-            return self._update(sums)
+            return self.update(sums)
 
-    def _backward(self, batch: MimBatch, *, last: bool) -> Tensor:
-        """Gradients of one micro-batch; its (loss sum, correct, count)."""
-        self.model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+    def targets(self, batch: MimBatch) -> Tensor:
+        """``[B, M]`` tokens of the masked patches, counted."""
         with phase("tokenize"), torch.no_grad():
-            targets = self.tokenize(batch)
+            targets = self.tokenize(batch) if batch.targets is None else batch.targets
             if self.observe is not None:
                 self.observe(targets, batch.positions)
-        with phase("forward"):
-            out = self.model.loss(  # pyright: ignore[reportCallIssue]
-                batch.images, batch.positions, targets, drop_scale=batch.drop_scale
-            )
-            loss_sum = out.loss * out.count
-            # FSDP averages gradients over ranks; times the number of ranks, that is a sum.
-            share = loss_sum * (self.world.size / self.slots)
-        with phase("backward"):
-            share.backward()
+        return targets
+
+    def backward(self, batch: MimBatch, targets: Tensor, *, last: bool) -> Tensor:
+        """Adds the gradients of one micro-batch; its (loss sum, correct, count), float64."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        with self.weights():
+            with phase("forward"):
+                out = self.model.loss(  # pyright: ignore[reportCallIssue]
+                    batch.images, batch.positions, targets, drop_scale=batch.drop_scale
+                )
+                loss_sum = out.loss * out.count
+                # FSDP averages gradients over ranks; times the number of ranks, that is a sum.
+                share = loss_sum * (self.world.size / self.slots)
+            with phase("backward"):
+                share.backward()
         return torch.stack([loss_sum.detach().double(), out.correct.double(), out.count.double()])
 
-    def _update(self, sums: Tensor) -> StepResult:
+    def update(self, sums: Tensor) -> StepResult:
+        """One step of the optimizer; ``sums`` of all micro-batches' :meth:`backward`."""
         shards = [local_shard(p.grad) for p in self.parameters if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(shards)).double().square().sum()
         totals = torch.cat([sums, (squares / self.copies)[None]])
-        dist.all_reduce(totals)  # in device order, nothing is read on the host
+        if self.world.size > 1:
+            dist.all_reduce(totals)  # in device order, nothing is read on the host
         loss_sum, correct, count, norm_square = totals.unbind()
 
         mean_factor = self.slots / count.clamp(min=1.0)

@@ -8,6 +8,7 @@ they know too much of would not overlap.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,16 +34,16 @@ def test_on_a_cpu_it_is_the_plain_calls() -> None:
     encode = lambda batch: tokenizer.encode(batch.token_images, batch.positions)  # noqa: E731
     batches = [batch_of(number) for number in range(3)]
     for graph in (False, True):
-        pairs = list(TokenizeAhead(batches, encode, "cpu", graph=graph))
-        assert [batch for batch, _ in pairs] == batches
-        for batch, targets in pairs:
-            assert torch.equal(targets, encode(batch))
+        handed = list(TokenizeAhead(batches, encode, "cpu", graph=graph))
+        assert [replace(batch, targets=None) for batch in handed] == batches
+        for batch in handed:
+            assert torch.equal(batch.targets, encode(batch))
 
 
 def test_empty_and_single() -> None:
     assert list(TokenizeAhead([], lambda batch: batch.index, "cpu")) == []
-    (pair,) = TokenizeAhead([batch_of(7)], lambda batch: batch.index, "cpu")
-    assert pair[1].tolist() == [7, 7]
+    (batch,) = TokenizeAhead([batch_of(7)], lambda batch: batch.index, "cpu")
+    assert batch.targets.tolist() == [7, 7]
 
 
 def test_one_batch_ahead_and_no_more() -> None:
@@ -53,7 +54,7 @@ def test_one_batch_ahead_and_no_more() -> None:
             taken.append(number)
             yield batch_of(number)
 
-    for step, (batch, _) in enumerate(TokenizeAhead(loader(), lambda batch: batch.index, "cpu")):
+    for step, batch in enumerate(TokenizeAhead(loader(), lambda batch: batch.index, "cpu")):
         assert batch.index[0] == step
         assert taken == list(range(min(step + 2, 5)))
 
@@ -66,7 +67,7 @@ def test_an_error_of_the_loader_comes_after_the_batches_before_it() -> None:
 
     seen = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for batch, _ in TokenizeAhead(loader(), lambda batch: batch.index, "cpu"):
+        for batch in TokenizeAhead(loader(), lambda batch: batch.index, "cpu"):
             seen.append(int(batch.index[0]))
     assert seen == [0, 1]
 
@@ -149,8 +150,8 @@ def test_streams_wait_for_what_they_need_and_for_nothing_else(monkeypatch) -> No
         return tokens[number]
 
     steps = []
-    for batch, targets in TokenizeAhead(loader(), encode, "cuda"):
-        number = int(batch.index[0])
+    for batch in TokenizeAhead(loader(), encode, "cuda"):
+        number, targets = int(batch.index[0]), batch.targets
         assert world.current is world.main and world.side is not None
         assert targets is tokens[number]
         # The next tokens are in the queue before this step, and this step doesn't wait for them.
@@ -204,9 +205,9 @@ def test_a_graph_is_captured_once_and_replayed_on_copies(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(log))
     monkeypatch.setattr(torch.cuda, "graph", capture)
     batches = [batch_of(0), batch_of(1), batch_of(2), batch_of(3, images=1)]
-    pairs = list(TokenizeAhead(batches, encode, "cuda", graph=True))
+    handed = list(TokenizeAhead(batches, encode, "cuda", graph=True))
     # All are there at the end: no replay overwrote what an earlier one had given out.
-    for batch, targets in pairs:
-        assert torch.equal(targets, value(batch))
+    for batch in handed:
+        assert torch.equal(batch.targets, value(batch))
     assert log == ["encode", "encode", "capture", "encode", "replay", "replay", "replay", "encode"]
     assert static[0].token_images is not batches[0].token_images
