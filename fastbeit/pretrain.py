@@ -166,6 +166,7 @@ def train(
         backend=config.data.loader,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        hw_decoder_load=config.data.hw_decoder_load,
         device=world.device,
         dtype=setup.DTYPES[config.run.precision],
         token_dtype=setup.DTYPES[config.tokenizer.tokenizer_precision],

@@ -44,6 +44,7 @@ class DaliEngine:
         workers: processes that read ahead (0: none), and DALI's threads.
         prefetch: micro-batches under way in each worker and in DALI.
         device: a CPU or a CUDA device.
+        hw_decoder_load: see ``build_pipeline``.
         needs_main: see ``WorkerPool``.
     """
 
@@ -55,9 +56,11 @@ class DaliEngine:
         workers: int,
         prefetch: int,
         device: torch.device,
+        hw_decoder_load: float,
         needs_main: bool = False,
     ) -> None:
         self._job = job
+        self._hw_decoder_load = hw_decoder_load
         self._device = device
         self._device_id = None
         if device.type == "cuda":
@@ -137,6 +140,7 @@ class DaliEngine:
             depth=depth,
             threads=self._threads,
             device_id=self._device_id,
+            hw_decoder_load=self._hw_decoder_load,
         )
 
     def _start(self) -> None:

@@ -42,8 +42,19 @@ _FILTERS = {
 }
 
 
+HW_DECODER_LOAD = 0.65
+"""DALI's own default."""
+
+
 def build_pipeline(
-    views: ViewSpec, *, batch: int, jitter: bool, depth: int, threads: int, device_id: int | None
+    views: ViewSpec,
+    *,
+    batch: int,
+    jitter: bool,
+    depth: int,
+    threads: int,
+    device_id: int | None,
+    hw_decoder_load: float = HW_DECODER_LOAD,
 ) -> dali.Pipeline:
     """The whole graph. Feed ``pipeline_inputs``; it gives (images, token_images, shapes).
 
@@ -54,6 +65,8 @@ def build_pipeline(
         depth: runs that may be under way at once.
         threads: CPU threads of the pipeline.
         device_id: CUDA device; None for a CPU.
+        hw_decoder_load: share of a batch's JPEGs for the GPU's own decoder, where it has one; the
+            others are decoded by its multiprocessors and ``threads``.
 
     The views come as uint8 ``[h, w, C]``, the shapes as those of the decoded images.
     """
@@ -61,7 +74,7 @@ def build_pipeline(
         batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=depth
     )
     with pipeline:
-        decoded = _decode(device_id)
+        decoded = _decode(device_id, hw_decoder_load)
         shapes = decoded.shape(dtype=types.INT32)
         image = decoded
         if views.channels == 1:
@@ -138,13 +151,17 @@ def jitter_matrices(
     return matrices
 
 
-def _decode(device_id: int | None) -> Node:
+def _decode(device_id: int | None, hw_decoder_load: float = HW_DECODER_LOAD) -> Node:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     if device_id is None:
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
     # nvJPEG's default repeats chroma samples; PIL and the CPU decoder interpolate them.
     return fn.decoders.image(
-        encoded, device="mixed", output_type=types.RGB, jpeg_fancy_upsampling=True
+        encoded,
+        device="mixed",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
     )
 
 

@@ -129,6 +129,7 @@ def make_loader(
     backend: Literal["auto", "dali", "reference"] = "auto",
     workers: int | None = None,
     prefetch: int = 2,
+    hw_decoder_load: float = 0.65,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     token_dtype: torch.dtype = torch.float32,
@@ -155,6 +156,8 @@ def make_loader(
         workers: processes that read (and, for PIL, decode); 0: none, all happens in this process;
             None: by the cores there are for a rank. With DALI also its number of threads.
         prefetch: micro-batches that each worker (and DALI's pipeline) holds ready.
+        hw_decoder_load: share of a batch's JPEGs that DALI leaves to the decoder of a GPU that has
+            one (A100, H100 and their successors); without effect elsewhere.
         device: where the batches go.
         dtype: of the student's view; it is computed in float32.
         token_dtype: of the tokenizer's view. bfloat16 can't tell all 256 values of a pixel apart.
@@ -180,6 +183,8 @@ def make_loader(
         raise ValueError(
             f"prefetch must be at least 1 and workers at least 0, got {prefetch} and {workers}"
         )
+    if not 0.0 <= hw_decoder_load <= 1.0:
+        raise ValueError(f"hw_decoder_load must be a share, 0 to 1, got {hw_decoder_load}")
     if workers is None:
         workers = default_workers(target, world_size)
     batch = schedule.micro_batch(accumulation=accumulation, world_size=world_size)
@@ -203,7 +208,13 @@ def make_loader(
         from fastbeit.data.dali import DaliEngine
 
         engine: Engine = DaliEngine(
-            job, places, workers=workers, prefetch=prefetch, device=target, needs_main=needs_main
+            job,
+            places,
+            workers=workers,
+            prefetch=prefetch,
+            device=target,
+            hw_decoder_load=hw_decoder_load,
+            needs_main=needs_main,
         )
     else:
         pixels = views.size[0] * views.size[1] + views.token_size[0] * views.token_size[1]

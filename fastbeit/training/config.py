@@ -47,6 +47,9 @@ class DataConfig:
     """Decoding processes (reference) or threads (dali) per rank; none: chosen from the cores."""
     prefetch: Annotated[int, arg(metavar="BATCHES")] = 2
     """Batches prepared ahead, per worker."""
+    hw_decoder_load: Annotated[float, arg(metavar="SHARE")] = 0.65
+    """Share of the JPEGs for the GPU's hardware decoder, where it has one (dali); the best one
+    depends on GPU, workers and images: python -m fastbeit.data.tune finds it."""
     crop_scale: Annotated[tuple[float, float], arg(metavar="MIN_SHARE MAX_SHARE")] = (0.08, 1.0)
     """Area of the random crop, as a share of the image's."""
     crop_ratio: Annotated[tuple[float, float], arg(metavar="MIN_RATIO MAX_RATIO")] = (3 / 4, 4 / 3)

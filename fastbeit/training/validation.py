@@ -80,6 +80,8 @@ def _data(config: PretrainConfig) -> Iterator[str]:
     if data.workers is not None and data.workers < 0:
         yield f"--workers must not be negative, got {data.workers}"
     yield from _at_least(1, {"--prefetch": data.prefetch, "--max-pixels": data.max_pixels})
+    if not 0.0 <= data.hw_decoder_load <= 1.0:
+        yield f"--hw-decoder-load must be a share, 0 to 1, got {data.hw_decoder_load}"
     if not 0.0 <= data.max_bad_fraction <= 1.0:
         yield f"--max-bad-fraction must be a share, 0 to 1, got {data.max_bad_fraction}"
     if not config.tokenizer.tokenizer:
