@@ -15,11 +15,12 @@ from fastbeit.model.attention_backends import attend
 from fastbeit.model.backends import AttentionName
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.setup import DTYPES
-from fastbeit_kernels._dispatch import SHOWN_ON_A_GPU, why_not
+from fastbeit_kernels import SHOWN_ON_A_GPU, why_not
 
 OPERATIONS = (
     "attention",
     "attention_packed",
+    "bias_gelu",
     "embed_patches",
     "expand_rel_pos_bias",
     "masked_linear_cross_entropy",

@@ -7,7 +7,8 @@ specification in plain PyTorch. ``impl="triton"`` takes a Triton kernel (an NVID
 capability 8.0 or newer; on a CPU TRITON_INTERPRET=1) or fails, and never silently falls back;
 ``impl="reference"`` takes the reference; ``impl="auto"`` the better of the two, which is the
 reference until the operation's kernels have been shown right and faster on a GPU
-(``_dispatch.SHOWN_ON_A_GPU``). Wrong shapes, dtypes and devices raise ValueError.
+(``SHOWN_ON_A_GPU``). Wrong shapes, dtypes and devices raise ValueError. ``choose`` tells which one a
+call takes, ``why_not`` why Triton's kernels can't run on a device.
 Importing this package queries no GPU and imports no Triton.
 
 Shapes: B batch, T tokens, Tq queries, Tk keys, N patches, H heads, d head width, D width, M slots,
@@ -29,15 +30,17 @@ from ._api.embedding import embed_patches
 from ._api.gelu import bias_gelu
 from ._api.head import linear_argmax, masked_linear_cross_entropy
 from ._api.layer_norm import scale_residual, scale_residual_layer_norm
-from ._dispatch import Impl
+from ._dispatch import SHOWN_ON_A_GPU, Impl, choose, why_not
 from .reference import MimLoss
 
 __all__ = [
+    "SHOWN_ON_A_GPU",
     "Impl",
     "MimLoss",
     "attention",
     "attention_packed",
     "bias_gelu",
+    "choose",
     "conv2d_channels_last",
     "conv2d_pointwise_channels_last",
     "embed_patches",
@@ -48,4 +51,5 @@ __all__ = [
     "rel_pos_attention_packed",
     "scale_residual",
     "scale_residual_layer_norm",
+    "why_not",
 ]

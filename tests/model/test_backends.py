@@ -20,6 +20,7 @@ TARGETS = torch.tensor([[3, 23, 0, 7], [9, 11, -5, 10**12]])
 OPERATIONS = {
     "attention": attention_module,
     "attention_packed": attention_module,
+    "bias_gelu": block_module,
     "scale_residual_layer_norm": block_module,
     "scale_residual": block_module,
     "expand_rel_pos_bias": positions_module,
@@ -57,7 +58,9 @@ def test_the_named_implementation_reaches_every_operation(images, asked, impl, p
     model = BeitForMim(config, seed=0, backends=Backends(kernels=impl))
     model.loss(images, POSITIONS, TARGETS).loss.backward()
     model.encode(images)
-    assert {name for name, _ in asked} == set(OPERATIONS)
+    # PyTorch's product adds its bias on the way; only where the kernel runs is it left to GELU.
+    apart = set() if impl == "triton" else {"bias_gelu"}
+    assert {name for name, _ in asked} == set(OPERATIONS) - apart
     assert {given for _, given in asked} == {impl}
 
 
@@ -95,11 +98,8 @@ def test_a_branch_left_to_the_next_norm_changes_no_bit(images, layer_scale) -> N
 
 
 def test_activation_checkpointing_of_blocks_changes_no_gradient(images) -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
     plain, frugal = BeitForMim(CONFIG, seed=0), BeitForMim(CONFIG, seed=0)
-    for number, block in enumerate(frugal.blocks):
-        frugal.blocks[number] = checkpoint_wrapper(block)
+    frugal.set_checkpointing(True)
     for model in (plain, frugal):
         model.loss(images, POSITIONS, TARGETS).loss.backward()
     for (name, ours), theirs in zip(plain.named_parameters(), frugal.parameters(), strict=True):
