@@ -7,8 +7,8 @@ specification in plain PyTorch. ``impl="triton"`` takes a Triton kernel (an NVID
 capability 8.0 or newer; on a CPU TRITON_INTERPRET=1) or fails, and never silently falls back;
 ``impl="reference"`` takes the reference; ``impl="auto"`` the better of the two, which is the
 reference until the operation's kernels have been shown right and faster on a GPU
-(``SHOWN_ON_A_GPU``). Wrong shapes, dtypes and devices raise ValueError. ``choose`` tells which one a
-call takes, ``why_not`` why Triton's kernels can't run on a device.
+(``SHOWN_ON_A_GPU``); ``choose`` tells which one a call takes, ``why_not`` why a device has none.
+Wrong shapes, dtypes and devices raise ValueError.
 Importing this package queries no GPU and imports no Triton.
 
 Shapes: B batch, T tokens, Tq queries, Tk keys, N patches, H heads, d head width, D width, M slots,
