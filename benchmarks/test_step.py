@@ -44,8 +44,11 @@ def world() -> Iterator[World]:
 
 def why_not(lever: str) -> str | None:
     """Why a lever can't be pulled, or is none, on this machine."""
+    on_gpus = "Triton's kernels are for GPUs; on a CPU the reference runs"
     reasons = {
-        "kernels": "on a CPU --kernels auto is PyTorch, as the reference",
+        "half_tokenizer": "the student is in fp32 on a CPU, as its tokenizer",
+        "attention": on_gpus,
+        "kernels": on_gpus,
         "compiled": None if COMPILES else NOT_COMPILED,
         "graph": GRAPH_ALONE,
     }
@@ -53,9 +56,10 @@ def why_not(lever: str) -> str | None:
 
 
 def all_levers() -> Levers:
-    """What `auto` takes, or may one day: every lever that this machine has."""
-    pulled = {lever: True for lever in LEVERS if why_not(lever) is None}
-    return replace(Levers(), **pulled)
+    """Every lever that this machine has, but kernels only as far as `auto` takes them."""
+    pulled = [name for name in LEVERS if why_not(name) is None]
+    named = dict.fromkeys(("attention", "kernels"), False)
+    return replace(Levers(), **(dict.fromkeys(pulled, True) | named), auto=True)
 
 
 def fast(problem: Problem, world: World, dtype: torch.dtype) -> Step:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from fastbeit.training.distributed import World
 from fastbeit.training.graph import WARM_UPS, GraphedStep
 from fastbeit.training.optimizer import build_optimizer, make_capturable, param_groups
 from fastbeit.training.step import TrainStep
+from fastbeit_kernels import Impl
 
 Step = Callable[[], tuple[Tensor, Tensor]]
 OPTIMIZER = OptimizerConfig(lr=1e-4)
@@ -35,10 +36,10 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @contextlib.contextmanager
-def one_process() -> Iterator[World]:
+def one_process(device: str = "auto") -> Iterator[World]:
     """This process as the only rank; the number of threads stays as it is for all contestants."""
     threads = torch.get_num_threads()
-    world = distributed.start("auto")
+    world = distributed.start(device)
     torch.set_num_threads(threads)
     try:
         yield world
@@ -48,19 +49,36 @@ def one_process() -> Iterator[World]:
 
 @dataclass(frozen=True)
 class Levers:
-    """What the fast step does otherwise than the reference, in the order of the waterfall."""
+    """What the fast step does otherwise than the reference, in the order of the waterfall.
 
-    tokenizer: bool = False
+    One ``--kernels`` takes the kernels of embedding, norms, loss and tokenizer together, so they
+    are one lever; attention can be chosen apart. AdamW is PyTorch's fused one throughout: the
+    step's clip and skip go through its ``grad_scale``.
+    """
+
     pruning: bool = False
+    head: bool = False
+    channels_last: bool = False
+    half_tokenizer: bool = False
+    attention: bool = False
     kernels: bool = False
     compiled: bool = False
     graph: bool = False
+    auto: bool = False
+    """No lever of its own: what ``--kernels auto`` takes, where no kernel is pulled by name."""
+
+    @property
+    def otherwise(self) -> Impl:
+        return "auto" if self.auto else "reference"
 
 
 LEVERS = {
-    "tokenizer": "tokens of masked patches only, channels-last",
     "pruning": "last block on masked patches only",
-    "kernels": "kernels by --kernels auto",
+    "head": "tokenizer's head on masked patches only",
+    "channels_last": "tokenizer channels-last, in place",
+    "half_tokenizer": "tokenizer in the student's precision",
+    "attention": "attention kernel",
+    "kernels": "all other kernels",
     "compiled": "blocks compiled",
     "graph": "CUDA graph",
 }
@@ -69,7 +87,7 @@ LEVERS = {
 
 def up_to(lever: str) -> Levers:
     """That lever and all before it."""
-    names = [field.name for field in fields(Levers)]
+    names = list(LEVERS)
     pulled = names[: names.index(lever) + 1]
     return replace(Levers(), **dict.fromkeys(pulled, True))
 
@@ -77,7 +95,10 @@ def up_to(lever: str) -> Levers:
 def ours(problem: Problem, world: World, dtype: torch.dtype, levers: Levers) -> Step:
     """`TrainStep` on one process, fp32 masters and arithmetic in ``dtype``."""
     device = world.device
-    backends = Backends(kernels="auto" if levers.kernels else "reference")
+    backends = Backends(
+        kernels="triton" if levers.kernels else levers.otherwise,
+        attention="triton" if levers.attention else "auto",
+    )
     kind = BeitForMim if levers.pruning else WithoutPruning
     model = problem.student(kind, backends).to(device)
     if levers.compiled:
@@ -116,10 +137,13 @@ def tokenizer_of(
     problem: Problem, device: torch.device, dtype: torch.dtype, levers: Levers
 ) -> Tokenize:
     """The reference's is in fp32, as the official code's."""
-    if not levers.tokenizer:
-        return tokenizers.reference(problem, device, torch.float32)
-    impl = "auto" if levers.kernels else "reference"
-    return tokenizers.ours(problem, device, dtype, impl)
+    dtype = dtype if levers.half_tokenizer else torch.float32
+    if levers.channels_last:
+        impl = "triton" if levers.kernels else levers.otherwise
+        return tokenizers.ours(problem, device, dtype, impl)
+    if levers.head:
+        return tokenizers.masked_head(problem, device, dtype)
+    return tokenizers.reference(problem, device, dtype)
 
 
 def batch_in(problem: Problem, device: torch.device, dtype: torch.dtype) -> MimBatch:

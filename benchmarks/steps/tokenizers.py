@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.steps.problem import Problem
 from fastbeit.batch import MimBatch
 from fastbeit.tokenizer.tokenizer import Tokenizer
-from fastbeit_kernels import Impl
+from fastbeit_kernels import Impl, linear_argmax
 
 Tokenize = Callable[[MimBatch], Tensor]
 
@@ -25,6 +25,23 @@ def reference(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tok
         codes = encoder(batch.token_images.to(dtype)).argmax(1).flatten(1)
         positions = batch.positions.long()
         return torch.where(positions >= 0, codes.gather(1, positions.clamp(min=0)), -1)
+
+    return tokenize
+
+
+def masked_head(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tokenize:
+    """The reference's body, and the head on the masked patches' features only."""
+    encoder = problem.encoder().to(device, dtype)
+    head = encoder.head
+
+    @torch.no_grad()
+    def tokenize(batch: MimBatch) -> Tensor:
+        rows_BND = encoder.features(batch.token_images.to(dtype)).flatten(2).transpose(1, 2)
+        slots = batch.positions.long()
+        index = slots.clamp(min=0)[..., None].expand(-1, -1, rows_BND.shape[-1])
+        rows = rows_BND.gather(1, index).flatten(0, 1)
+        codes = linear_argmax(rows, head.w.flatten(1), head.b, impl="reference")
+        return torch.where(slots >= 0, codes.view(slots.shape), -1)
 
     return tokenize
 
