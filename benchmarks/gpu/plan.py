@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.gpu import curve
+from benchmarks.gpu import curve, replay
 from benchmarks.gpu.pool import Task
 from benchmarks.operation import Case, Operation, Problem
 from benchmarks.operations import OPERATIONS, problem_by_name
@@ -68,22 +68,25 @@ def correctness_tasks(dry: bool, only: list[str]) -> list[Task]:
                 for operation, case in pairs
                 if case.machinery
             ]
-            tasks += curve_tasks(dry, only)
+            tasks += step_tasks(dry, only)
     return tasks
 
 
-def curve_tasks(dry: bool, only: list[str]) -> list[Task]:
-    """The step as a whole; bf16 interpreted takes long and judges nothing."""
-    if not wanted(curve.CASE, only):
-        return []
+def step_tasks(dry: bool, only: list[str]) -> list[Task]:
+    """The step as a whole; bf16 interpreted or emulated takes long and judges nothing."""
     return [
         Task(
-            f"curve: {curve.CASE}, {dtype}",
-            {"kind": "curve", "case": curve.CASE, "dtype": dtype, "dry": dry},
+            f"{kind}: {case}, {dtype}",
+            {"kind": kind, "case": case, "dtype": dtype, "dry": dry},
             CHECK_SILENCE_S,
-            group=curve.CASE,
+            group=case,
         )
-        for dtype in (curve.DTYPES[:1] if dry else curve.DTYPES)
+        for kind, case, dtypes in (
+            ("curve", curve.CASE, curve.DTYPES),
+            ("replay", replay.CASE, replay.DTYPES),
+        )
+        if wanted(case, only)
+        for dtype in (("float32",) if dry else dtypes)
     ]
 
 
@@ -137,7 +140,7 @@ def on_lost(emit: Callable[[Row], None]) -> Callable[[Task, str, str], Task | No
 
     def lost(task: Task, step: str, reason: str) -> Task | None:
         payload = task.payload
-        if payload["kind"] in ("correctness", "curve", "integration"):
+        if payload["kind"] in ("correctness", "curve", "integration", "replay"):
             emit(
                 {
                     "kind": "correctness",

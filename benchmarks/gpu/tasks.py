@@ -9,7 +9,15 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.call import results
-from benchmarks.gpu import contest, correctness, curve, environment, integration, kernels
+from benchmarks.gpu import (
+    contest,
+    correctness,
+    curve,
+    environment,
+    integration,
+    kernels,
+    replay,
+)
 from benchmarks.operations import case_by_name, problem_by_name
 from benchmarks.roofline import Ceiling
 from benchmarks.timing import CudaTimer, Limits, Timer, WallTimer
@@ -53,6 +61,8 @@ def run(payload: Row, events: Events) -> None:
             integration.check_integration(operation, case, payload["dtype"], device, events.row)
         case "curve":
             curve.check_curve(payload["dtype"], device, events.row, shrink=dry)
+        case "replay":
+            replay.check_replay(payload["dtype"], device, events.row, shrink=dry)
         case "timing":
             _timing(payload, events, device, timer)
         case other:

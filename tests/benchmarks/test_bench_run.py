@@ -29,7 +29,7 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
         "--only", "expand 5 x 7", "--only", "LayerNorm of BEiT-B", "--only", "residual alone",
         "--only", "rows selected", "--only", "argmax of one row", "--only", "patches, small",
         "--only", "convolution of one pixel", "--only", "GELU of one row",
-        "--only", "training curve",
+        "--only", "training curve", "--only", "replayed step",
         env={"PYTHONPATH": str(repo_root)}, timeout_s=240,
     )  # fmt: skip
     (folder,) = result_folders(tmp_path)
@@ -51,6 +51,7 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
         "checkpointing",
         "autocast",
         "training curve",
+        "replayed step: tokens ahead",
     } <= checks
     bad = [row for row in rows if row.get("status") in ("fail", "failed", "wrong")]
     assert not bad, bad
