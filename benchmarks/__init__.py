@@ -1,6 +1,7 @@
 """Speed, and correctness on a device. Needs torch (and Triton for the kernels); peers are optional.
 
-PYTHONPATH=kernels:. python -m benchmarks.gpu       everything about a GPU, in under 9 minutes
-pytest benchmarks/ --benchmark-only                 what a CPU can tell
-python -m benchmarks.report                         docs/performance.md from benchmarks/results/
+python -m pytest benchmarks/ --benchmark-only --record    the suites, on any machine, recorded
+PYTHONPATH=kernels:. python -m benchmarks.gpu             everything about a GPU, in under 9 minutes
+python -m benchmarks.report                               docs/performance.md from the results
+python -m benchmarks.regress                              the newest run against the one before it
 """
