@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
     {"fastbeit.training.forecast"},  # --plan: knows what recipes expect
     {"fastbeit.cli"},
     {"fastbeit.pretrain", "fastbeit.doctor"},
-    {"fastbeit.profile"},
+    {"fastbeit.profile", "fastbeit.data.tune"},  # commands about training's parts
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # fastbeit_kernels serves people without fastbeit: these are all it may need. Its adapters for timm
