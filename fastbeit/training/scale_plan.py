@@ -88,6 +88,7 @@ def compute_of(
     Args:
         images_per_s: measured on one GPU; None: the assumed share of the device's peak.
     """
+    # "auto" means 16 bits on a GPU, unless the images' tokens don't bear it.
     tokenizer_precision = "fp32" if config.tokenizer.tokenizer_precision == "fp32" else "bf16"
     precision = "fp32" if config.run.precision == "fp32" else "bf16"
     student_peak = peak_flops(device, precision).flops_per_s
@@ -232,8 +233,8 @@ def scale_table(
         image = compute_of(config, dvae, 1, device, numbers)
         rate = (
             f"{1 / image.micro_batch:,.0f} images/s, {numbers.peak_share:.0%} of an {device}'s "
-            f"peak, which is assumed (give --images-per-s); the tokenizer in "
-            f"{config.tokenizer.tokenizer_precision} takes "
+            f"peak, which is assumed (give --images-per-s); the tokenizer, in "
+            f"{'fp32' if config.tokenizer.tokenizer_precision == 'fp32' else '16 bits'}, takes "
             f"{image.tokenizer / image.micro_batch:.0%} of it"
         )
     else:

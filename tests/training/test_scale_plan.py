@@ -137,7 +137,7 @@ def test_the_table_prints_its_rows_and_says_what_is_assumed() -> None:
     assert max(map(len, text.splitlines())) <= 110
     assert "nothing of it measured" in text
     assert "40% of an NVIDIA H100 80GB HBM3's peak, which is assumed" in " ".join(text.split())
-    assert "the tokenizer in bf16 takes 3" in " ".join(text.split())
+    assert "the tokenizer, in 16 bits, takes 3" in " ".join(text.split())
     lines = [line.split() for line in text.splitlines()]
     for row in rows(base()):
         assert isinstance(row, ScaleRow)
