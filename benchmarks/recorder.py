@@ -6,11 +6,12 @@
 Without ``--record`` nothing is written. benchmarks/results/ takes whole runs only: the report shows
 its newest folder of a machine, and the regression check compares with it, so a part of the suites
 (-k, -m, some of the files) goes to a folder of one's own. Skipped and failed benchmarks are rows
-too, with the reason.
+too, with the reason. A run that stopped before its end keeps its rows, and says so.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -26,6 +27,8 @@ from benchmarks.timing import quantile
 
 RESULTS = ROOT / "benchmarks" / "results"
 LONGEST_REASON = 300
+# Options by which a run is of some benchmarks only.
+NARROWING = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf", "stepwise")
 # In environment.json once for all rows.
 SHARED = ("device", "threads", "versions", "commit")
 
@@ -39,7 +42,7 @@ def check_options(config: pytest.Config, out: Path) -> None:
             f"--record={out} isn't a folder for results: pytest's --record takes the word behind "
             "it; write --record=DIR, or --record as the last argument"
         )
-    whole = not (config.getoption("keyword") or config.getoption("markexpr"))
+    whole = not any(config.getoption(name, None) for name in NARROWING)
     whole = whole and [Path(word).resolve() for word in config.args] == [ROOT / "benchmarks"]
     if out.resolve() == RESULTS and not whole:
         raise pytest.UsageError(
@@ -49,15 +52,20 @@ def check_options(config: pytest.Config, out: Path) -> None:
 
 
 class Recorder:
-    """One session's folder."""
+    """One session's folder, made when there is a first row."""
 
     def __init__(self, config: pytest.Config, out: Path) -> None:
         self._began_s = time.monotonic()
+        self._out = out
         self._environment = describe(config.invocation_params.args)
-        source = (self._environment["commit"] or self._environment["source_sha256"])[:10]
-        self.folder = ResultFolder.create(out, f"{self._environment['device']} {source}")
         self._rows: list[Row] = []
-        self.folder.write_environment(self._environment)
+
+    @functools.cached_property
+    def folder(self) -> ResultFolder:
+        source = (self._environment["commit"] or self._environment["source_sha256"])[:10]
+        made = ResultFolder.create(self._out, f"{self._environment['device']} {source}")
+        made.write_environment(self._environment)
+        return made
 
     def add(self, row: Row) -> None:
         passed_s = round(time.monotonic() - self._began_s, 2)
@@ -85,15 +93,22 @@ class Recorder:
             status = "skipped" if report.outcome == "skipped" else "failed"
             self.add({**about, "status": status, "reason": why(report), "test": report.nodeid})
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
+        if not self._rows:
+            return
+        to_the_end = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        to_the_end = to_the_end and not (session.shouldfail or session.shouldstop)
         self._environment |= at_end()
+        if not to_the_end:
+            self._environment["ended"] = None
         self.folder.write_environment(self._environment)
         rows = suite_rows(self._rows)
         self.folder.write("summary.md", summary(self._environment, rows))
         self.folder.close()
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.write_line(f"{len(self._rows)} rows recorded in {self.folder.path}")
+        where = f" in {self.folder.path}" if self._rows else ""
+        terminalreporter.write_line(f"{len(self._rows)} rows recorded{where}")
 
 
 def row_of(item: pytest.Item, report: pytest.TestReport, fixture: Any, reason: str) -> Row:

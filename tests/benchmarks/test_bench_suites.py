@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -196,7 +195,7 @@ def test_ceilings_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def config(words: list[str], **options: Any) -> Any:
-    given = {"keyword": "", "markexpr": "", "benchmark_disable": False, "collectonly": False}
+    given: dict[str, Any] = {"benchmark_disable": False, "collectonly": False}
     return SimpleNamespace(args=words, getoption=(given | options).get)
 
 
@@ -205,6 +204,7 @@ def config(words: list[str], **options: Any) -> Any:
     [
         (["benchmarks"], {}, "results", None),
         (["benchmarks"], {"keyword": "loader"}, "results", "whole runs only"),
+        (["benchmarks"], {"deselect": ["benchmarks/test_plan.py"]}, "results", "whole runs only"),
         (["benchmarks/test_plan.py"], {}, "results", "whole runs only"),
         (["benchmarks/test_plan.py"], {"keyword": "loader"}, "elsewhere", None),
         (["benchmarks"], {"benchmark_disable": True}, "results", "measures nothing"),
@@ -238,12 +238,35 @@ def test_arguments_are_shared_without_places(repo_root: Path) -> None:
 
 
 def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
-    made = recorder.Recorder(
-        SimpleNamespace(invocation_params=SimpleNamespace(args=("benchmarks",))), tmp_path
-    )
+    made = recorder.Recorder(nothing_asked(), tmp_path)
     made.add({"suite": "s", "part": "p", "path": "fast", "status": "skipped", "reason": "x"})
     run = SuiteRun(made.folder.path)
     assert not run.ended and [key.path for key in run.rows] == ["fast"]
-    assert json.dumps(read_environment(made.folder.path))
-    made.pytest_sessionfinish()
-    assert SuiteRun(made.folder.path).ended
+    assert read_environment(made.folder.path)["started"]
+    made.folder.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped", "ended"),
+    [
+        (pytest.ExitCode.OK, False, True),
+        (pytest.ExitCode.TESTS_FAILED, False, True),
+        (pytest.ExitCode.TESTS_FAILED, "stopping after 1 failures", False),
+        (pytest.ExitCode.INTERRUPTED, False, False),
+    ],
+)
+def test_only_a_run_to_the_end_has_ended(
+    tmp_path: Path, code: pytest.ExitCode, stopped: str | bool, ended: bool
+) -> None:
+    made = recorder.Recorder(nothing_asked(), tmp_path)
+    session = SimpleNamespace(shouldfail=stopped, shouldstop=False)
+    made.pytest_sessionfinish(session, code)
+    assert not list(tmp_path.iterdir())  # a session without a benchmark leaves nothing
+    made.add({"suite": "s", "part": "p", "path": "fast", "status": "skipped", "reason": "x"})
+    made.pytest_sessionfinish(session, code)
+    assert SuiteRun(made.folder.path).ended == ended
+    assert (made.folder.path / "summary.md").is_file()
+
+
+def nothing_asked() -> Any:
+    return SimpleNamespace(invocation_params=SimpleNamespace(args=("benchmarks",)))
