@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,8 +87,9 @@ def random_tokenizer(path: Path, problem: Problem = BASE) -> Path:
 def for_timing(
     config: PretrainConfig, run_dir: Path, lines: int, log_every: int = 1, *, plain: bool = False
 ) -> PretrainConfig:
-    """``lines`` lines of metrics and one step more; ``plain``: the reference path."""
-    steps = lines * log_every + 1
+    """``lines`` lines of metrics, and two steps more: one to leave from, one never reached.
+    ``plain``: the reference path."""
+    steps = lines * log_every + 2
     run = replace(
         config.run,
         run_dir=run_dir,
@@ -106,19 +108,22 @@ def for_timing(
 
 def run_here(config: PretrainConfig, world: World) -> Finished:
     """In this process, up to the last step but without its checkpoint and export."""
-    steps, done = config.run.steps, 0
+    done = 0
 
     def after_step() -> None:
         nonlocal done
         done += 1
-        if done == steps:
+        if done == (config.run.steps or 0) - 1:
             raise LastStep
 
-    try:
-        pretrain.train(config, world, after_step=after_step)
-    except LastStep:
-        return read(config.run_dir)
-    raise RuntimeError(f"the run ended before step {steps}: see its messages")
+    with warnings.catch_warnings():
+        # The run's lock is let go of where train's frame is: here.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            pretrain.train(config, world, after_step=after_step)
+        except LastStep:
+            return read(config.run_dir)
+    raise RuntimeError(f"the run ended at step {done} of {config.run.steps}: see its messages")
 
 
 def run_processes(
