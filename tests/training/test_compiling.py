@@ -123,3 +123,28 @@ def test_checkpoint_compile_shard_change_no_gradient(amx, world, monkeypatch) ->
     distributed.shard_model(frugal, mesh, mode="zero3", precision="fp32")
     for name, grad in gradients(frugal, images).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_copies_of_the_weights_are_compiled_for_once(world, monkeypatch) -> None:
+    """On one device every step puts other tensors in the weights' place."""
+    config = BeitConfig(
+        image_size=32, patch_size=8, width=32, depth=5, heads=2, vocab_size=24, layer_scale=0.3
+    )
+    found = []
+    torch._dynamo.reset()
+    counters.clear()
+    for compiled in (False, True):
+        model = BeitForMim(config, seed=0)
+        for block in model.blocks:
+            if compiled:
+                nn.Module.compile(block, backend="aot_eager")
+        placement = distributed.place_model(model, world, mode="none", precision="bf16")
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(2, 3, 32, 32, generator=generator).bfloat16()
+            with placement.weights():
+                gradients(model, images)
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+    for name, grad in found[1].items():
+        assert (grad - found[0][name]).norm() <= 2e-2 * found[0][name].norm(), name
