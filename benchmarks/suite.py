@@ -32,7 +32,9 @@ from benchmarks.roofline import Work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUND_S = 0.02
-"""A round of a quick call repeats it until it lasts this long: below, the clock is what's timed."""
+"""A sample repeats a quick call until it lasts this long: below, the clock is what's timed."""
+QUICK_ROUNDS = 11
+"""Samples of a quick call at least: they take a quarter of a second, and settle the median."""
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -62,7 +64,7 @@ def measure(
         images: that one call handles; 0 where there are none.
         work: FLOPs and bytes that one call takes at least.
         dtype: of the products, by torch's name; the limit is of this dtype.
-        rounds: samples; each repeats a quick call until it lasts 20 ms.
+        rounds: samples. Calls under 20 ms are repeated in a sample, and sampled 11 times at least.
         warmup: calls before the first sample. With 0, nothing is repeated.
         sizes: what else tells the row apart: batch, width, tokens, workers, ...
     """
@@ -77,6 +79,7 @@ def measure(
     limit = None if work is None else ceiling(DEVICE, dtype)
     before = start_peak()
     calls = _warm_up(call, warmup)
+    rounds = rounds if calls == 1 else max(rounds, QUICK_ROUNDS)
     benchmark.pedantic(call, rounds=rounds, iterations=calls)
     peak_bytes = end_peak(before)
     median_s = benchmark.stats.stats.median
@@ -112,13 +115,21 @@ def _finished(run: Callable[[], object]) -> None:
 
 
 def _warm_up(call: Callable[[], object], times: int) -> int:
-    """Run it ``times`` times; how many calls a sample needs, by the last of them."""
-    taken_s = ROUND_S
-    for _ in range(times):
-        began_s = time.perf_counter()
-        call()
-        taken_s = time.perf_counter() - began_s
-    return max(1, min(10_000, math.ceil(ROUND_S / max(taken_s, 1e-9))))
+    """Run it ``times`` times; how many calls a sample needs, by the quickest."""
+    taken_s = [_seconds(call) for _ in range(times)]
+    if not taken_s or taken_s[-1] > 10 * ROUND_S:
+        return 1
+    # What a first call sets up can be most of its time: a few more tell.
+    until_s = time.perf_counter() + ROUND_S
+    while time.perf_counter() < until_s:
+        taken_s.append(_seconds(call))
+    return max(1, min(10_000, math.ceil(ROUND_S / max(min(taken_s), 1e-9))))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began_s = time.perf_counter()
+    call()
+    return time.perf_counter() - began_s
 
 
 def start_peak() -> int | None:

@@ -218,8 +218,8 @@ PLOTS = (
         "Roofline",
         "Counted FLOPs and least bytes of every suite that states them, below what this machine's "
         "own matrix product and copy reached in the same session. Filled: the fast path; rings: "
-        "the reference; crosses: others. A point above a line ran while the machine was faster "
-        "than when its limit was measured.",
+        "the reference; crosses: others. A point above a line: what it moves stays in the "
+        "caches, or the machine was busy when its limit was measured.",
         _counted,
         roofline,
     ),

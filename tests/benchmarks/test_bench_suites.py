@@ -90,7 +90,10 @@ def test_a_row_says_what_ran_how_fast_and_how_far_from_the_limit(
 ) -> None:
     row = by_path(recorded[0])["fast"]
     assert (row["status"], row["part"], row["sizes"]) == ("ok", "square", {"side": 64})
-    assert row["n"] == 3 and row["least_ms"] <= row["p10_ms"] <= row["ms"] <= row["p90_ms"]
+    assert (
+        row["n"] == suite.QUICK_ROUNDS
+        and row["least_ms"] <= row["p10_ms"] <= row["ms"] <= row["p90_ms"]
+    )
     assert row["images_per_s"] == pytest.approx(2e3 / row["ms"])
     assert row["tflops"] == pytest.approx(2 * 64**3 / row["ms"] / 1e9)
     limit = recorded[0].environment["ceilings"]["float32"]
@@ -164,6 +167,35 @@ def test_a_failed_check_is_not_timed() -> None:
     with pytest.raises(AssertionError, match="off"):
         suite.measure(benchmark, lambda: None, suite="s", part="p", path="fast", check=wrong)
     assert benchmark.extra_info["path"] == "fast"
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "call_ms", "warmup", "calls", "made"),
+    [
+        (60, 1, 1, 20, 21),  # what the first sets up doesn't count
+        (60, 30, 1, 1, 2),
+        (300, 300, 1, 1, 1),  # too long to be called once more
+        (1, 1, 0, 1, 0),  # without a warm-up nothing is known
+        (0.001, 0.001, 3, 10_000, None),
+    ],
+)
+def test_quick_calls_are_repeated(
+    first_ms: float,
+    call_ms: float,
+    warmup: int,
+    calls: int,
+    made: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s, count = [0.0], [0]
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now_s[0])
+
+    def call() -> None:
+        now_s[0] += (call_ms if count[0] else first_ms) / 1e3
+        count[0] += 1
+
+    assert suite._warm_up(call, warmup) == calls
+    assert made is None or count[0] == made
 
 
 @pytest.mark.skipif(not suite.CLEAR_REFS.exists(), reason="only Linux tells the high-water mark")
