@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.call import Function, results
 from benchmarks.operation import Operation, Pass
+from benchmarks.suite import DEVICE, measure, missing
 
 Twins = Mapping[str, Callable[[Any], Function]]
 TOLERANCE = 1e-5
@@ -18,28 +19,45 @@ def run(
     benchmark: Any,
     operation: Operation,
     shape: Any,
-    form: Callable[[Any], Function],
-    direction: Pass,
+    form: str,
+    twins: Twins,
+    direction: Pass = "forward",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Time ``"forward"``, with nothing recorded, or ``"both"``; rates are by the least work."""
+    """Time a form ``"forward"``, with nothing recorded, or ``"both"``; rates are by the least
+    work."""
+    about: dict[str, Any] = {
+        "suite": "kernels",
+        "part": f"{operation.name}, {direction}",
+        "path": form,
+    }
+    benchmark.extra_info.update(about, sizes={"shape": shape.describe()})
+    if DEVICE != "cpu":
+        missing("on a GPU they are timed by python -m benchmarks.gpu")
     call = shape.make(dtype, 0, torch.device("cpu"))
-    function = form(shape)
-    truth = operation.truth(operation.definition, call)
-    for name, found in results(function, call).items():
-        if name in truth and found.is_floating_point():
-            error = (found - truth[name]).norm() / truth[name].norm()
-            assert error <= TOLERANCE, f"{name} is {error:.1e} off"
-        elif name in truth:
-            share = (found != truth[name]).double().mean()
-            assert share <= 1e-3, f"{name} differs in {100 * share:.1f} %"
-    if direction == "forward":
-        with torch.no_grad():
-            benchmark(function, call)
-    else:
-        benchmark(results, function, call)
-    if benchmark.stats is not None:
-        work = shape.work(direction, dtype)
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info["gflops"] = work.flops / seconds / 1e9
-        benchmark.extra_info["gb_per_s"] = work.bytes / seconds / 1e9
+    function = twins[form](shape)
+
+    def check() -> None:
+        truth = operation.truth(operation.definition, call)
+        for name, found in results(function, call).items():
+            if name in truth and found.is_floating_point():
+                error = (found - truth[name]).norm() / truth[name].norm()
+                assert error <= TOLERANCE, f"{name} is {error:.1e} off"
+            elif name in truth:
+                share = (found != truth[name]).double().mean()
+                assert share <= 1e-3, f"{name} differs in {100 * share:.1f} %"
+
+    @torch.no_grad()
+    def forward() -> object:
+        return function(call)
+
+    measure(
+        benchmark,
+        forward if direction == "forward" else lambda: results(function, call),
+        **about,
+        check=check,
+        images=getattr(shape, "batch", 0),
+        work=shape.work(direction, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+        **sizes,
+    )

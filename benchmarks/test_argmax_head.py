@@ -26,4 +26,4 @@ FORMS: Twins = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_argmax_head_fp32(benchmark: Any, shape: str, form: str) -> None:
-    run(benchmark, linear_argmax.OPERATION, SHAPES[shape], FORMS[form], "forward")
+    run(benchmark, linear_argmax.OPERATION, SHAPES[shape], form, FORMS)

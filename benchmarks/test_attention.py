@@ -34,6 +34,4 @@ FORMS: Twins = {
 @pytest.mark.parametrize("direction", ["forward", "both"])
 def test_attention_fp32(benchmark: Any, shape: Any, form: str, direction: Any) -> None:
     """Output alone, and output with every gradient."""
-    run(benchmark, attention.OPERATION, shape, FORMS[form], direction)
-    if benchmark.stats is not None:
-        benchmark.extra_info["images_per_s"] = BATCH / benchmark.stats.stats.median
+    run(benchmark, attention.OPERATION, shape, form, FORMS, direction)

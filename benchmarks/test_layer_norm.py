@@ -30,4 +30,4 @@ FORMS: Twins = {
 @pytest.mark.parametrize("direction", ["forward", "both"])
 def test_layer_norm_fp32(benchmark: Any, shape: str, form: str, direction: Any) -> None:
     """Outputs alone, and outputs with every gradient."""
-    run(benchmark, layer_norm.OPERATION, SHAPES[shape], FORMS[form], direction)
+    run(benchmark, layer_norm.OPERATION, SHAPES[shape], form, FORMS, direction, kind=shape)

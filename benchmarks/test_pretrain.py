@@ -47,9 +47,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[PretrainConfig, str]
     folder = tmp_path_factory.mktemp("pretrain")
     (folder / "photos").mkdir()
     photos = make_photos(folder / "photos", PHOTOS)
-    tokenizer = runs.random_tokenizer(folder / "tokenizer.safetensors")
-    batch = base_for(DEVICE).batch
-    return runs.base_config(photos.folder, tokenizer, batch), photos.kind
+    problem = base_for(DEVICE)
+    tokenizer = runs.random_tokenizer(folder / "tokenizer.safetensors", problem)
+    return runs.base_config(photos.folder, tokenizer, problem), photos.kind
 
 
 def time_runs(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.results import ROOT
 from benchmarks.roofline import Work
-from benchmarks.steps.problem import BASE, Problem
+from benchmarks.steps.problem import Problem
 from fastbeit import pretrain
 from fastbeit.recipes import beit_base_in1k, demo, smoke
 from fastbeit.tokenizer.files import save_tokenizer
@@ -67,18 +67,21 @@ def smoke_config() -> PretrainConfig:
     return smoke.config()
 
 
-def base_config(photos: Path, tokenizer: Path, batch: int) -> PretrainConfig:
-    """BEiT-B's recipe on a folder of photographs, with a tokenizer of that size."""
+def base_config(photos: Path, tokenizer: Path, problem: Problem) -> PretrainConfig:
+    """BEiT-B's recipe on a folder of photographs, with the problem's sizes and DropPath on."""
     config = beit_base_in1k.config()
+    min_block = min(config.mask.min_block, problem.masked // 2)
     return replace(
         config,
+        model=replace(problem.model, drop_path=config.model.drop_path),
+        mask=replace(config.mask, target=problem.masked, min_block=min_block),
         data=replace(config.data, data=str(photos)),
         tokenizer=replace(config.tokenizer, tokenizer=str(tokenizer)),
-        run=replace(config.run, global_batch=batch),
+        run=replace(config.run, global_batch=problem.batch),
     )
 
 
-def random_tokenizer(path: Path, problem: Problem = BASE) -> Path:
+def random_tokenizer(path: Path, problem: Problem) -> Path:
     """A file with the problem's tokenizer."""
     save_tokenizer(path, problem.encoder(), origin={"source": "random weights"})
     return path
