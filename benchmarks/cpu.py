@@ -23,15 +23,14 @@ def run(
     twins: Twins,
     direction: Pass = "forward",
     dtype: torch.dtype = torch.float32,
+    **sizes: Any,
 ) -> None:
     """Time a form ``"forward"``, with nothing recorded, or ``"both"``; rates are by the least
-    work."""
-    about: dict[str, Any] = {
-        "suite": "kernels",
-        "part": f"{operation.name}, {direction}",
-        "path": form,
-    }
-    benchmark.extra_info.update(about, sizes={"shape": shape.describe()})
+    work. ``sizes``: what tells a shape from another that is described alike."""
+    part = f"{operation.name}, {direction}"
+    about: dict[str, Any] = {"suite": "kernels", "part": part, "path": form}
+    sizes["shape"] = shape.describe()
+    benchmark.extra_info.update(about, sizes=sizes)  # also of a row that is missing
     if DEVICE != "cpu":
         missing("on a GPU they are timed by python -m benchmarks.gpu")
     call = shape.make(dtype, 0, torch.device("cpu"))

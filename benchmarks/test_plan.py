@@ -3,8 +3,8 @@
     pytest benchmarks/test_plan.py --benchmark-only
 
 The limit is the data path's budget: 256 images at 20 ms are 12,800 images/s from one core. The
-references draw the same for one image at a time, and shuffle a whole epoch for one batch. The clock is the process's CPU time: one
-core's work.
+references draw the same for one image at a time, and shuffle a whole epoch for one batch. The
+clock is the process's CPU time: one core's work.
 """
 
 from __future__ import annotations
