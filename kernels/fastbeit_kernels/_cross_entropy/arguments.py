@@ -257,7 +257,8 @@ def second_launch(
         "BIAS_GRADIENT": dbias is not None,
     }
     grid = pieces * _blocks(classes, configs.SECOND_BLOCK)
-    return Launch(tiled_rows.gradient_tiles, arguments, constants, grid, configs.SECOND_WARPS, 1)
+    warps = configs.second_warps(logits.element_size())
+    return Launch(tiled_rows.gradient_tiles, arguments, constants, grid, warps, 1)
 
 
 def sum_launch(

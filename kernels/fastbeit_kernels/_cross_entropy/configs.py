@@ -55,12 +55,22 @@ LOSS: dict[tuple[str, int], LossConfig] = {
 WHOLE_ELEMENTS = 32
 # Narrow rows are taken together until a tile has this many elements, or this many rows.
 WHOLE_TILE, WHOLE_ROWS = 2048, 4
-# First and second pass over longer rows: classes of a block, rows of it, warps, stages.
+# First and second pass over longer rows: classes of a block; of the first warps and stages too, of
+# the second rows.
 FIRST_BLOCK, FIRST_WARPS, FIRST_STAGES = 4096, 8, 3
-SECOND_BLOCK, SECOND_ROWS, SECOND_WARPS = 1024, 4, 4
+SECOND_BLOCK, SECOND_ROWS = 1024, 4
 # Gather and scatter: rows and columns of a tile, slots looked through at a time, warps.
 ROWS, COLUMNS, SLOTS, ROW_WARPS = 8, 256, 128, 4
 # Sums of partials: partials and columns of a tile. 8,192 columns are 128 programs, one a
 # multiprocessor of an H100.
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 64, 64, 4
 SCALE_BLOCK, SCALE_WARPS = 2048, 4
+
+
+def second_warps(element_bytes: int) -> int:
+    """Of the second pass: a row of the block to all threads, 16 bytes each.
+
+    So 4 warps at 16 bits (114 registers on sm_90, by Triton 3.7.1) and 8 in fp32 (77). By 8 warps
+    16 bits take 128; by 4 fp32 takes 136, and Triton 3.9.0 spills 8 bytes on sm_100.
+    """
+    return max(1, SECOND_BLOCK * element_bytes // (16 * 32))

@@ -28,6 +28,8 @@ import triton.language as tl
 
 from .._attention.tiles import exponential
 
+GROUP = tl.constexpr(8)
+
 
 @triton.jit
 def piece_of(total):
@@ -36,6 +38,26 @@ def piece_of(total):
     programs = tl.num_programs(0)
     first = (program * total // programs).to(tl.int32)
     return first, ((program + 1) * total // programs).to(tl.int32)
+
+
+@triton.jit
+def is_column(columns, label):
+    """Which of the columns is each row's label, [rows, columns].
+
+    By groups of 8, as a thread has them in memory: within a group a column's number is a constant
+    of the code, so that a thread keeps the numbers of its groups and not of all its columns. As
+    plain numbers, Triton 3.9.0 keeps 32 of them through the loop, and spills.
+    """
+    same_group = (columns // GROUP)[None, :] == (label // GROUP)[:, None]
+    return same_group & ((columns % GROUP)[None, :] == (label % GROUP)[:, None])
+
+
+@triton.jit
+def is_before(columns, label):
+    """Which of the columns come before each row's label, by groups too."""
+    group, own_group = (columns // GROUP)[None, :], (label // GROUP)[:, None]
+    earlier = (columns % GROUP)[None, :] < (label % GROUP)[:, None]
+    return (group < own_group) | ((group == own_group) & earlier)
 
 
 @triton.jit
@@ -67,8 +89,8 @@ def row_gradient(
     if SMOOTHED:
         other = tl.where(label >= 0, smoothing / CLASSES, 0.0)
         own = (1.0 - smoothing) + other
-    is_label = columns[None, :] == label[:, None]
-    return powers * inverse[:, None] - tl.where(is_label, own[:, None], other[:, None])
+    subtracted = tl.where(is_column(columns, label), own[:, None], other[:, None])
+    return powers * inverse[:, None] - subtracted
 
 
 @triton.jit
@@ -126,8 +148,8 @@ def loss_whole_rows(
         right = known & (x_label == largest)
         if tl.max(right.to(tl.int32), 0) > 0:
             # Does a lower class have the same logit? Few rows need to look: worth a branch.
-            best = tl.min(tl.where(x == largest[:, None], columns[None, :], PADDED), 1)
-            right = right & (best == label)
+            equal = (x == largest[:, None]) & is_before(columns, label)
+            right = right & (tl.max(equal.to(tl.int32), 1) == 0)
         correct += right.to(tl.int32)
         mean_gap = largest
         if SMOOTHED:

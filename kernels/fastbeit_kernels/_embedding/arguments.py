@@ -47,7 +47,7 @@ def mark_launch(positions: Tensor, hidden: Tensor, count: Tensor) -> Launch:
         "patches": hidden.shape[1],
     }
     constants = {"BLOCK": configs.ORDER_BLOCK}
-    return Launch(order.mark_hidden, arguments, constants, hidden.shape[0], configs.WARPS, 1)
+    return Launch(order.mark_hidden, arguments, constants, hidden.shape[0], configs.ORDER_WARPS, 1)
 
 
 def order_launch(hidden: Tensor, count: Tensor, listed: Tensor, visible: Tensor) -> Launch:
@@ -61,7 +61,7 @@ def order_launch(hidden: Tensor, count: Tensor, listed: Tensor, visible: Tensor)
         "patches": hidden.shape[1],
     }
     constants = {"BLOCK": configs.ORDER_BLOCK}
-    return Launch(order.order_tokens, arguments, constants, hidden.shape[0], configs.WARPS, 1)
+    return Launch(order.order_tokens, arguments, constants, hidden.shape[0], configs.ORDER_WARPS, 1)
 
 
 def _tile(tile: ProductTile) -> dict[str, int]:
