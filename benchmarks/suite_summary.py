@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ def _head(environment: Mapping[str, Any], rows: Mapping[Key, Row]) -> str:
 
 
 STATES = ("ok", "skipped", "failed")
+BUSY = 0.5
+"""Load average a core above which a run didn't have the machine to itself."""
 
 
 def about(environment: Mapping[str, Any]) -> list[str]:
@@ -35,7 +38,7 @@ def about(environment: Mapping[str, Any]) -> list[str]:
     cpu, packages = environment["cpu"], environment["packages"]
     lines = [
         f"- started {environment['started']}, ended {environment['ended'] or 'never'}, command "
-        f"`{' '.join(environment['command'])}`",
+        f"`{shlex.join(environment['command'])}`",
         f"- source {environment['commit'] or environment['source_sha256'][:12]}"
         + (" with changes of its own" if environment["dirty"] else ""),
         f"- {cpu['name']}, {cpu['usable_cores']:g} cores, {environment['threads']} threads; load "
@@ -44,6 +47,12 @@ def about(environment: Mapping[str, Any]) -> list[str]:
         f"- Python {environment['python']}, "
         + ", ".join(f"{name} {version}" for name, version in packages.items() if version),
     ]
+    at_start = environment.get("load_at_start")
+    if at_start is not None and at_start[0] > BUSY * cpu["usable_cores"]:
+        lines.append(
+            "- **other work was running when this began**: times are longer than they would be, "
+            "and ratios less sure"
+        )
     for dtype, limit in (environment.get("ceilings") or {}).items():
         lines.append(
             f"- limit of {dtype}: {1e3 * limit['tflops']:.1f} GFLOP/s, "

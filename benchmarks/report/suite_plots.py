@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report.drawing import BETTER, COLOURS, OTHERS, OURS, REFERENCE, WORSE, figure
-from benchmarks.suite_rows import Key, Row, SuiteRun
+from benchmarks.suite_rows import Key, Row, SuiteRun, over
 
 FAST = "fast"
+LEVERS = "levers"
 LEAST_SHARE = 0.03
 """Of a step: a smaller part goes into its phase's "other" slice."""
 
@@ -82,16 +85,17 @@ def roofline(run: SuiteRun) -> Any:
 
 def waterfall(run: SuiteRun) -> Any:
     """Milliseconds of a step as one lever after another is switched on."""
-    rows = measured(run, "levers")
-    names, times = [key.path for key, _ in rows], [row["ms"] for _, row in rows]
+    rows = measured(run, LEVERS)
+    times = [row["ms"] for _, row in rows]
     picture = figure(9, 0.6 * len(rows) + 1.8)
     axes = picture.add_subplot()
-    before = [times[0], *times[:-1]]
-    for place, (name, was, now) in enumerate(zip(names, before, times, strict=True)):
-        if place == 0:
-            axes.barh(name, now, color=REFERENCE)
-        else:
-            axes.barh(name, now - was, left=was, color=BETTER if now <= was else WORSE)
+    axes.barh("reference", times[0], color=REFERENCE)
+    axes.text(times[0], 0, f" {times[0]:,.0f} ms", va="center", fontsize=8)
+    for place, ((_, before), (key, row)) in enumerate(itertools.pairwise(rows), start=1):
+        was, now, changed = before["ms"], row["ms"], over(row, before)
+        sure = abs(math.log(changed.value)) > 2 * changed.error
+        colour = BETTER if now <= was else WORSE
+        axes.barh(key.path, now - was, left=was, color=colour, alpha=1.0 if sure else 0.35)
         axes.text(max(was, now), place, f" {now:,.0f} ms", va="center", fontsize=8)
     axes.barh("all levers", times[-1], color=OURS)
     axes.text(times[-1], len(rows), f" {times[0] / times[-1]:.2f}×", va="center", fontsize=8)
@@ -103,7 +107,7 @@ def waterfall(run: SuiteRun) -> Any:
 
 
 def _with_parts(run: SuiteRun) -> list[tuple[Key, Row]]:
-    return [(key, row) for key, row in measured(run, "levers") if row.get("parts")]
+    return [(key, row) for key, row in measured(run, LEVERS) if row.get("parts")]
 
 
 def pie(run: SuiteRun) -> Any:
@@ -178,12 +182,13 @@ def _over_batch(run: SuiteRun, field: str, label: str, factor: float) -> Any:
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for key, row in measured(run, "batch sizes"):
         if row.get(field) is not None:
-            batch = json.loads(key.sizes)["batch"]
-            lines.setdefault((key.part, key.path), []).append((batch, factor * row[field]))
-    for number, ((part, path), points) in enumerate(lines.items()):
+            sizes = json.loads(key.sizes)
+            line = lines.setdefault((sizes.get("model", key.part), key.path), [])
+            line.append((sizes["batch"], factor * row[field]))
+    for number, ((model, path), points) in enumerate(lines.items()):
         batches, values = zip(*sorted(points), strict=True)
         colour = {"reference": REFERENCE, FAST: OURS}.get(path, COLOURS[number % len(COLOURS)])
-        axes.plot(batches, values, marker="o", color=colour, label=f"{part}, {path}")
+        axes.plot(batches, values, marker="o", color=colour, label=f"{model}, {path}")
     every = sorted({batch for points in lines.values() for batch, _ in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(every, [str(batch) for batch in every])
@@ -227,9 +232,9 @@ PLOTS = (
         "waterfall",
         "From the reference step to the fast step",
         "Levers are switched on one after another and stay on; each bar is what the step's time "
-        "changed by. Those that can't be switched here are in the table of suite *levers*, with "
-        "the reason.",
-        lambda run: measured(run, "levers"),
+        "changed by, pale where that is within the noise. Those that can't be switched here are in "
+        "the table of suite *levers*, with the reason.",
+        lambda run: measured(run, LEVERS),
         waterfall,
     ),
     Plot(

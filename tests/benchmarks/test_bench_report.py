@@ -70,7 +70,8 @@ ROWS = [
     row("step", "reference", 4000.0, **COUNTED),
     row("step", "fast", 3000.0, **COUNTED),
     row("step", "official style", 6000.0, **COUNTED),
-    row("loader", "fast", 100.0, clock="process_time"),
+    row("loader", "reference", 200.0, clock="process_time"),
+    row("loader", "DALI, CPU", 100.0, clock="process_time"),
     *[
         row("batch sizes", path, ms, sizes={"batch": batch}, peak_bytes=batch * 10**6)
         for path, ms in (("reference", 50.0), ("fast", 40.0))
@@ -109,8 +110,11 @@ def test_every_figure_and_table_names_its_file(written: Path) -> None:
         svg = (written / "performance" / "2026-01-02-cpu" / f"{plot.name}.svg").read_bytes()
         assert b"<svg" in svg
     # 3 of 4 seconds, 3 of 6; sigma is 0.2 / 1.813 of 5 samples, and an error both medians have.
-    assert "| step: optimizer step float32 | batch 2 | 3,000 | 0.75 ± 0.13 |" in text
+    assert "| step: optimizer step float32 | batch 2 | fast | 3,000 | 0.75 ± 0.13 |" in text
     assert "official style 0.50 ± 0.09" in text
+    # Without a path called fast, each is beside the reference; levers have a figure of their own.
+    assert "| loader: optimizer step float32 | batch 2 | DALI, CPU | 100 | 0.50 ± 0.09 |" in text
+    assert "| levers: " not in text
     assert "optimizer step, batch 2, kernels: skipped: no GPU / none" in text
 
 
@@ -158,6 +162,13 @@ def test_a_figure_that_was_not_drawn_is_not_shown(tmp_path: Path) -> None:
     made(tmp_path / "results", ROWS)
     text = report.page(tmp_path / "results", tmp_path / "docs")
     assert text.count("Not drawn: matplotlib was missing") == len(PLOTS) and ".svg" not in text
+
+
+def test_a_busy_machine_is_told(tmp_path: Path) -> None:
+    made(tmp_path / "quiet", ROWS)
+    assert "other work was running" not in report.page(tmp_path / "quiet", tmp_path)
+    made(tmp_path / "busy", ROWS, load_at_start=[1.2, 0.3, 0.1])
+    assert "other work was running" in report.page(tmp_path / "busy", tmp_path)
 
 
 def test_a_run_that_was_cut_short_says_so(tmp_path: Path) -> None:
