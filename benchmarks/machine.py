@@ -13,6 +13,7 @@ import torch
 from benchmarks.ceilings import measured
 from benchmarks.gpu.environment import of_device, of_host, version_of
 from benchmarks.results import ROOT
+from benchmarks.steps.problem import TINY_VARIABLE
 from benchmarks.suite import DEVICE
 from fastbeit import hardware
 from fastbeit.environment import dali_builds
@@ -21,7 +22,7 @@ Row = dict[str, Any]
 PACKAGES = ("torchvision", "timm", "transformers", "pillow", "pytest-benchmark")
 # Of a CPU's many flags, those that matrix products and image codecs ask for.
 FEATURES = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY")
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", TINY_VARIABLE)
 
 
 def describe(words: Sequence[str]) -> Row:
@@ -47,7 +48,7 @@ def describe(words: Sequence[str]) -> Row:
         "memory_bytes": hardware.memory_bytes(),
         "packages": {**host["packages"], **packages},
         "variables": host["variables"]
-        | {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+        | {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "load_at_start": load(),
         "ended": None,
     }

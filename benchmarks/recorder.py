@@ -12,6 +12,7 @@ too, with the reason. A run that stopped before its end keeps its rows, and says
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 
 from benchmarks.machine import at_end, describe, load
 from benchmarks.results import ROOT, ResultFolder
+from benchmarks.steps.problem import TINY_VARIABLE
 from benchmarks.suite_rows import KIND, Row, suite_rows
 from benchmarks.suite_summary import summary
 from benchmarks.timing import quantile
@@ -44,6 +46,10 @@ def check_options(config: pytest.Config, out: Path) -> None:
         )
     whole = not any(config.getoption(name, None) for name in NARROWING)
     whole = whole and [Path(word).resolve() for word in config.args] == [ROOT / "benchmarks"]
+    if out.resolve() == RESULTS and os.environ.get(TINY_VARIABLE):
+        raise pytest.UsageError(
+            f"{TINY_VARIABLE} is set: tiny sizes try the code, and their times are no results"
+        )
     if out.resolve() == RESULTS and not whole:
         raise pytest.UsageError(
             "benchmarks/results/ takes whole runs only (pytest benchmarks/ --benchmark-only "

@@ -262,6 +262,16 @@ def test_results_take_whole_runs_only(
             recorder.check_options(config(words, **options), where)
 
 
+def test_tiny_sizes_are_no_results(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repo_root)
+    monkeypatch.setenv("FASTBEIT_BENCH_TINY", "1")
+    recorder.check_options(config(["benchmarks"]), tmp_path)
+    with pytest.raises(pytest.UsageError, match="no results"):
+        recorder.check_options(config(["benchmarks"]), recorder.RESULTS)
+
+
 def test_arguments_are_shared_without_places(repo_root: Path) -> None:
     shown = machine.shareable
     assert shown("--record=/data/somebody/out") == "--record=out"
