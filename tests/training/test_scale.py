@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastbeit.model import BeitConfig
@@ -18,6 +18,7 @@ from fastbeit.training.scale_time import Compute, gpu_time, nccl_seconds
 
 NODE, TWO_NODES, CLUSTER = Group(8, 1), Group(16, 2), Group(512, 64)
 SMALL = BeitConfig(image_size=32, patch_size=8, width=64, depth=8, heads=2, vocab_size=64)
+UNITS = model_units(SMALL, "bf16")
 
 
 # ---------------------------------------------------------------- bytes
@@ -59,20 +60,19 @@ def test_what_is_sent_is_conserved(ranks: int) -> None:
 
 
 def test_hybrid_sends_shards_across_nodes_and_the_rest_inside() -> None:
-    sends = traffic(model_units(SMALL, "bf16"), "hybrid", 64, 8)
+    sends = traffic(UNITS, "hybrid", 64, 8)
     for unit in sends.units:
         numbers = unit.unit.numbers(8)
         scatter, copy = unit.reduce
         assert scatter == Collective("reduce_scatter", 4 * numbers, Group(8, 1))
         assert copy == Collective("all_reduce", 4 * numbers // 8, Group(8, 8))
     with pytest.raises(ValueError, match="full nodes of 8, got 12"):
-        traffic(model_units(SMALL, "bf16"), "hybrid", 12, 8)
+        traffic(UNITS, "hybrid", 12, 8)
 
 
 def test_accumulation_gathers_again_and_reduces_once() -> None:
-    units = model_units(SMALL, "bf16")
     for mode in MODES:
-        sends = traffic(units, mode, 64, 8)
+        sends = traffic(UNITS, mode, 64, 8)
         once, twice = sends.sent(1), sends.sent(2)
         gathers = sum(c.sent for unit in sends.units for c in unit.forward + unit.backward)
         assert twice - once == pytest.approx(gathers)
@@ -189,13 +189,14 @@ def simulated(work: list[Task]) -> float:
 parts = st.floats(0.0, 10.0)
 
 
+@settings(max_examples=200)
 @given(
     mode=st.sampled_from(MODES),
     ranks=st.sampled_from([1, 2, 8, 64]),
     accumulation=st.integers(1, 3),
     fixed=st.tuples(parts, parts, parts, parts),
     blocks=st.lists(parts, min_size=8, max_size=8),
-    latency=parts,
+    latency=st.floats(0.0, 60.0),  # now a unit's arithmetic is longer, now its collectives
     bytes_per_s=st.floats(1e2, 1e7),
 )
 def test_the_clock_agrees_with_a_simulation_of_the_streams(
@@ -203,7 +204,7 @@ def test_the_clock_agrees_with_a_simulation_of_the_streams(
 ) -> None:
     """To rounding, whatever the speeds; and both lie between full overlap and none."""
     compute = Compute(fixed[0], fixed[1], tuple(blocks), fixed[2], fixed[3])
-    sends = traffic(model_units(SMALL, "bf16"), mode, ranks, 8)
+    sends = traffic(UNITS, mode, ranks, 8)
 
     def cost(call: Collective) -> float:
         return latency + call.sent / bytes_per_s
@@ -223,7 +224,7 @@ def test_the_clock_agrees_with_a_simulation_of_the_streams(
 def test_one_gpu_communicates_nothing() -> None:
     compute = Compute(1.0, 0.25, (0.5,) * 8, 0.25, 0.125)
     for mode in MODES:
-        sends = traffic(model_units(SMALL, "bf16"), mode, 1, 8)
+        sends = traffic(UNITS, mode, 1, 8)
         assert sends.sent(4) == 0 and not list(sends.collectives(4))
         found = gpu_time(compute, sends, lambda call: 1e9, accumulation=4)
         assert found.seconds == found.compute == 4 * (1 + 3 * 4.5) + 0.125
@@ -231,11 +232,10 @@ def test_one_gpu_communicates_nothing() -> None:
 
 def test_a_step_by_hand() -> None:
     """Copies alone (none), each 1 s, compute 1 s a unit: the last two and the totals are left."""
-    units = model_units(SMALL, "bf16")
-    assert [len(unit.blocks) for unit in units] == [0, 0, 3, 3, 2]
+    assert [len(unit.blocks) for unit in UNITS] == [0, 0, 3, 3, 2]
     # Forward 8 blocks of 1 s; backward 1 s each: units of 2, 3, 3, then the table, the root.
     compute = Compute(0.0, 0.0, (1.0,) * 8, 0.0, 0.0, backward=1.0)
-    sends = traffic(units, "none", 8, 8)
+    sends = traffic(UNITS, "none", 8, 8)
     found = gpu_time(compute, sends, lambda call: 1.0)
     # Copies start at 10, 13, 16 (its unit ends with the backward pass), 17 and 18; totals at 19.
     assert found.seconds == 20.0
@@ -243,3 +243,12 @@ def test_a_step_by_hand() -> None:
     # Compute beside a copy is a tenth slower: one second of each of the two later units.
     slower = gpu_time(compute, sends, lambda call: 1.0, slowdown=0.1)
     assert slower.seconds == pytest.approx(20.2)
+    # Copies of 100 s: the first slows all 3 s of the next unit (907 to 910.3), the first and the
+    # second 196.7 s of the 900 that follow; the last three and the totals are left at 1829.97.
+    uneven = compute._replace(blocks=(300.0,) * 3 + (1.0,) * 5)
+    slower = gpu_time(uneven, sends, lambda call: 100.0, slowdown=0.1)
+    assert slower.seconds == pytest.approx(1829.97 + 4 * 100)
+    # AdamW's work is split over the shards.
+    updating = compute._replace(update=8.0)
+    assert gpu_time(updating, sends, lambda call: 1.0, shards=1).seconds == 28.0
+    assert gpu_time(updating, sends, lambda call: 1.0, shards=8).seconds == 21.0

@@ -108,6 +108,14 @@ def test_what_binds(binds: str, gpus: int, mode: Any, changes: dict[str, Any]) -
     assert step(mode, gpus, **changes).binds == binds
 
 
+def test_collectives_slow_the_arithmetic_beside_them() -> None:
+    slowed, free = step("none", 8), step("none", 8, overlap_slowdown=0)
+    assert slowed.gpu.compute == free.gpu.compute
+    # All but the last two collectives run beside arithmetic.
+    most = 0.1 * free.gpu.intra
+    assert 0.5 * most < slowed.gpu.seconds - free.gpu.seconds < most
+
+
 def test_loading_runs_beside_the_gpu_and_checkpoints_do_not() -> None:
     fast = step("none", 8, loader_images_s=1e9, storage_gb_s=1e6, storage_node_gb_s=1e6)
     assert fast.seconds == fast.gpu.seconds + fast.checkpoint
