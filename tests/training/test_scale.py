@@ -189,7 +189,9 @@ def simulated(work: list[Task]) -> float:
 parts = st.floats(0.0, 10.0)
 
 
-@settings(max_examples=200)
+# A gather that waits for the computation two units before its own, and holds up its own.
+@example("zero2", 8, 1, (0.0, 10.0, 0.0, 0.0), [0.1] * 8, 2.0, 1e7)
+@settings(max_examples=300)
 @given(
     mode=st.sampled_from(MODES),
     ranks=st.sampled_from([1, 2, 8, 64]),
