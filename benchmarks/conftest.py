@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("benchmark_disable", False):  # the code is tried, in tiny sizes
+        os.environ.setdefault("FASTBEIT_BENCH_TINY", "1")
     out = config.getoption("record", None)
     if out is not None:
         from benchmarks.recorder import Recorder, check_options
