@@ -2,7 +2,8 @@
 
 A row is told apart by (suite, part, path, dtype, sizes); a repeated one replaces the earlier. Its
 twin has the same suite, part and sizes, and the path "reference". Ratios are of medians, and their
-uncertainty follows from the spread of the samples, as if these were normal.
+uncertainty follows from the spread of the samples, as if these were normal. Few samples may lie
+close together by chance, so a row's spread counts as at least the median of its suite's in the run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ Row = dict[str, Any]
 REFERENCE = "reference"
 KIND = "suite"
 """``kind`` of a row; "suites" is that of an environment."""
+NESTED = "suites"
+"""Folder of a run on a GPU that holds its run of the suites."""
 COMMAND = "python -m pytest benchmarks/ --benchmark-only --record"
 
 
@@ -46,8 +49,9 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         """With twice the standard error."""
-        known = math.isfinite(self.error)
-        return f"{self.value:.2f} ± " + (f"{2 * self.error * self.value:.2f}" if known else "?")
+        digits = 2 if self.value >= 0.1 else 4
+        error = 2 * self.error * self.value
+        return f"{self.value:.{digits}f} ± {f'{error:.{digits}f}' if math.isfinite(error) else '?'}"
 
 
 def told(value: Any) -> str:
@@ -78,15 +82,24 @@ def twin(key: Key, rows: dict[Key, Row]) -> Row | None:
     return same[0][1] if same else None
 
 
-def spread(row: Row) -> float:
-    """Relative standard error of the row's median; infinite where it was measured once.
+def spread(row: Row, rows: dict[Key, Row]) -> float:
+    """Relative standard error of a row's median, in its run; infinite where nothing tells.
 
-    sqrt(pi / 2) sigma / sqrt(n), with sigma from the distance of p10 and p90.
+    sqrt(pi / 2) sigma / sqrt(n), with the larger of the row's own sigma and its suite's.
     """
-    if row["n"] < 2:
-        return math.inf
-    sigma = (row["p90_ms"] - row["p10_ms"]) / _deciles_apart(row["n"])
-    return math.sqrt(math.pi / 2 / row["n"]) * sigma / row["ms"]
+    known = [_sigma(other) for other in rows.values() if _tells(other, row["suite"])]
+    typical = quantile(known, 0.5) if known else math.inf
+    sigma = max(_sigma(row), typical) if row["n"] > 1 else typical
+    return math.sqrt(math.pi / 2 / row["n"]) * sigma
+
+
+def _tells(row: Row, suite: str) -> bool:
+    return row["suite"] == suite and row["status"] == "ok" and row["n"] > 1
+
+
+def _sigma(row: Row) -> float:
+    """Relative standard deviation of a sample, by the distance of p10 and p90."""
+    return (row["p90_ms"] - row["p10_ms"]) / _deciles_apart(row["n"]) / row["ms"]
 
 
 @functools.cache
@@ -103,12 +116,13 @@ def _deciles_apart(n: int) -> float:
 def ratio(key: Key, rows: dict[Key, Row]) -> Ratio | None:
     """Time over the twin's; None for the twin itself, what wasn't measured, and what has none."""
     row, other = rows[key], twin(key, rows)
-    return None if row["status"] != "ok" or other is None or other is row else over(row, other)
+    measured = row["status"] == "ok" and other is not None and other is not row
+    return over(row, other, rows) if measured else None
 
 
-def over(row: Row, other: Row) -> Ratio:
-    """Two measured rows' times, the first over the second."""
-    return Ratio(row["ms"] / other["ms"], math.hypot(spread(row), spread(other)))
+def over(row: Row, other: Row, rows: dict[Key, Row]) -> Ratio:
+    """Two measured rows' times, the first over the second, of one run."""
+    return Ratio(row["ms"] / other["ms"], math.hypot(spread(row, rows), spread(other, rows)))
 
 
 class SuiteRun:
@@ -137,8 +151,12 @@ def is_suite_run(folder: Path) -> bool:
 
 
 def suite_runs(results: Path) -> list[SuiteRun]:
-    """All of them, the oldest first."""
-    return [SuiteRun(folder) for folder in result_folders(results) if is_suite_run(folder)]
+    """All of them, the oldest first; those that belong to a run on a GPU lie inside its folder."""
+    found: list[SuiteRun] = []
+    for folder in result_folders(results):
+        inside = result_folders(folder / NESTED)
+        found += [SuiteRun(place) for place in (folder, *inside) if is_suite_run(place)]
+    return found
 
 
 def newest_by_machine(results: Path) -> list[SuiteRun]:

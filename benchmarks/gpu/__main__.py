@@ -3,8 +3,9 @@
     PYTHONPATH=kernels:. python -m benchmarks.gpu [--minutes 9] [--out benchmarks/results]
 
 From a checkout, without installing anything but torch and Triton. In order: where and what; every
-check of correctness (with compute-sanitizer beside it where there is one); timings, interleaved
-with every peer that imports; the verdict on each target; launch choices tuned in what time is left.
+check of correctness (with compute-sanitizer beside it where there is one); the timings that targets
+are about, interleaved with every peer that imports; whole steps, tokenizer and loader, by the
+suites; all other timings; the verdict on each target; launch choices tuned in what time is left.
 Each row is on the disk when it is known, so a run that is cut short keeps what it found.
 
 ``--dry-run`` goes through all of it on a CPU, with interpreted kernels and tiny shapes: it tries
@@ -31,7 +32,7 @@ KERNELS = ROOT / "kernels"
 if (KERNELS / "fastbeit_kernels").is_dir():
     sys.path.insert(0, str(KERNELS))
 
-from benchmarks.gpu import plan, sanitizer, tuning  # noqa: E402
+from benchmarks.gpu import plan, sanitizer, suites, tuning  # noqa: E402
 from benchmarks.gpu.environment import of_host  # noqa: E402
 from benchmarks.gpu.pool import Pool, Task  # noqa: E402
 from benchmarks.gpu.summary import summary  # noqa: E402
@@ -40,8 +41,10 @@ from benchmarks.results import ResultFolder  # noqa: E402
 
 Row = dict[str, Any]
 
-# Of the whole time: what correctness may take at most; the rest is for timings and, last, tuning.
+# Of the whole time: what correctness and the suites may take at most; the rest is for timings and,
+# last, tuning.
 CORRECTNESS_SHARE = 0.4
+SUITES_SHARE = 0.25
 # Kept back for the verdict, the summary and the end of processes.
 LAST_S = 10.0
 
@@ -177,7 +180,14 @@ class Run:
             f"timings: {len(timings)} groups, up to {plan.measuring_s(timings):.0f} s of measuring "
             f"besides preparing, in {left_s:.0f} s"
         )
-        self.work(timings, 1, self.until, plan.timing_shares(left_s))
+        shares = plan.timing_shares(left_s)
+        first = plan.most_important(timings)
+        self.work(first, 1, self.until, shares)
+        self.finish()
+        limit_s = min(SUITES_SHARE * 60 * self.options.minutes, self.until - time.monotonic())
+        self.say(f"suites: {limit_s:.0f} s at most")
+        self.add(suites.run_suites(self.folder.path, limit_s, self.variables, only, self.dry))
+        self.work(timings[len(first) :], 1, self.until, shares)
         self.finish()
         left_s = self.until - time.monotonic()
         self.add(tuning.tune(self.folder.path, left_s, self.variables, self.dry))

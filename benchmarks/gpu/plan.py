@@ -120,6 +120,18 @@ def timing_tasks(dry: bool, only: list[str], ceiling: Row | None) -> list[Task]:
     return tasks
 
 
+def most_important(tasks: list[Task]) -> list[Task]:
+    """Of the timings, the first: what targets are about, beside the quick peers."""
+    first = itertools.takewhile(
+        lambda task: (
+            not task.payload["slow"]
+            and problem_by_name(task.payload["problem"])[1].worth == min(LIMITS)
+        ),
+        tasks,
+    )
+    return list(first)
+
+
 def timing_shares(seconds: float) -> dict[str, float]:
     """Seconds of each operation, of all that there are for timings."""
     return {operation.name: operation.share * seconds for operation in OPERATIONS}

@@ -149,7 +149,7 @@ def _others(rows: list[Row]) -> list[str]:
             )
             lines.append(f"- {row['problem']}: {shares}{reached}")
         parts.append("\n".join(lines))
-    left = [row for row in rows if row["kind"] in ("lost", "not run", "tuning")]
+    left = [row for row in rows if row["kind"] in ("lost", "not run", "suites", "tuning")]
     if left:
         parts.append(
             "## Also\n\n"
