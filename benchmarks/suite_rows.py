@@ -116,8 +116,9 @@ def _deciles_apart(n: int) -> float:
 def ratio(key: Key, rows: dict[Key, Row]) -> Ratio | None:
     """Time over the twin's; None for the twin itself, what wasn't measured, and what has none."""
     row, other = rows[key], twin(key, rows)
-    measured = row["status"] == "ok" and other is not None and other is not row
-    return over(row, other, rows) if measured else None
+    if row["status"] != "ok" or other is None or other is row:
+        return None
+    return over(row, other, rows)
 
 
 def over(row: Row, other: Row, rows: dict[Key, Row]) -> Ratio:

@@ -41,7 +41,7 @@ def about(environment: Mapping[str, Any]) -> list[str]:
         f"`{shlex.join(environment['command'])}`",
         f"- source {environment['commit'] or environment['source_sha256'][:12]}"
         + (" with changes of its own" if environment["dirty"] else ""),
-        f"- {cpu['name']}, {cpu['usable_cores']:g} cores, {environment['threads']} threads; load "
+        f"- {cpu['name']}, {cpu['usable_cores']:g} cores, threads: {environment['threads']}; load "
         f"average {told_load(environment.get('load_at_start'))} at the start, "
         f"{told_load(environment.get('load_at_end'))} at the end",
         f"- Python {environment['python']}, "
@@ -83,10 +83,12 @@ def table(rows: dict[Key, Row]) -> str:
     absent = [(key, row) for key, row in rows.items() if row["status"] != "ok"]
     if absent and lines:
         lines.append("")
+    whose: dict[str, list[str]] = {}
     for key, row in absent:
-        words = [key.part, told_sizes(key), key.path]
-        reason = row["reason"].replace("|", "/")
-        lines.append(f"- {', '.join(word for word in words if word)}: {row['status']}: {reason}")
+        words = [key.part, told_sizes(key), key.path, key.dtype]
+        reason = f"{row['status']}: {row['reason'].replace('|', '/')}"
+        whose.setdefault(reason, []).append(", ".join(word for word in words if word))
+    lines += [f"- {reason}\n  - " + "\n  - ".join(names) for reason, names in whose.items()]
     return "\n".join(lines)
 
 

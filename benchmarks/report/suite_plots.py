@@ -92,7 +92,7 @@ def waterfall(run: SuiteRun) -> Any:
     axes.barh("reference", times[0], color=REFERENCE)
     axes.text(times[0], 0, f" {times[0]:,.0f} ms", va="center", fontsize=8)
     for place, ((_, before), (key, row)) in enumerate(itertools.pairwise(rows), start=1):
-        was, now, changed = before["ms"], row["ms"], over(row, before)
+        was, now, changed = before["ms"], row["ms"], over(row, before, run.rows)
         sure = abs(math.log(changed.value)) > 2 * changed.error
         colour = BETTER if now <= was else WORSE
         axes.barh(key.path, now - was, left=was, color=colour, alpha=1.0 if sure else 0.35)

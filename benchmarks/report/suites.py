@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report.drawing import save
-from benchmarks.report.suite_plots import LEVERS, PLOTS
+from benchmarks.report.suite_plots import PLOTS
 from benchmarks.suite_rows import COMMAND, REFERENCE, Key, SuiteRun, over, ratio
 from benchmarks.suite_summary import about, figures, table, told_sizes
 
 NOT_MEASURED = f"not measured yet (`{COMMAND}`)"
-OURS = "fast"
-"""The path that others are set beside."""
+OURS = ("fast", "DALI", "shared")
+"""How the paths begin that are ours and not the reference."""
 
 TITLE = "### The fast path beside the others"
 FINDINGS = """{title}
 
 Its time over theirs, of medians, ± twice the standard error that the samples' spread gives; below 1
-it is ahead ({file}). Where no path is called fast, each is set beside the reference.
+it is ahead ({file}).
 
 | work | sizes | path | ms | over the reference's | over others' |
 |---|---|---|---|---|---|"""
@@ -62,20 +62,14 @@ def _of_run(run: SuiteRun, docs: Path, link: str) -> list[str]:
 def _findings(run: SuiteRun, file: str) -> str:
     """The fast path beside its twin and everybody else, work by work."""
     lines = []
-    rows = {
-        key: row
-        for key, row in run.rows.items()
-        if row["status"] == "ok" and key.suite != LEVERS  # they are one path, seen as it is made
-    }
+    rows = {key: row for key, row in run.rows.items() if row["status"] == "ok"}
     for key, row in rows.items():
-        same = {other: theirs for other, theirs in rows.items() if _same_work(key, other)}
-        has_fast = any(other.path == OURS for other in same)
-        if key.path == REFERENCE or (has_fast and key.path != OURS):
+        if not key.path.startswith(OURS):
             continue
         others = [
-            f"{other.path} {over(row, theirs)}"
-            for other, theirs in same.items()
-            if key.path == OURS and other.path not in (OURS, REFERENCE)
+            f"{other.path} {over(row, theirs, run.rows)}"
+            for other, theirs in rows.items()
+            if _same_work(key, other) and not other.path.startswith((*OURS, REFERENCE))
         ]
         lines.append(
             f"| {key.suite}: {key.part} {key.dtype} | {told_sizes(key) or '–'} | {key.path or '–'} "

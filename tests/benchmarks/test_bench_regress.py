@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import regress
-from benchmarks.suite_rows import SuiteRun, newest_by_machine, ratio, spread
+from benchmarks.suite_rows import SuiteRun, newest_by_machine, ratio, spread, suite_rows
 
 ENVIRONMENT = {
     "kind": "suites",
@@ -123,11 +123,23 @@ def test_the_error_is_that_of_a_median() -> None:
     sigma = 0.1
     many = row("f", "fast", 1.0, n=101, noise=1.2816 * sigma)
     expected = math.sqrt(math.pi / 2) * sigma / math.sqrt(101)
-    assert spread(many) == pytest.approx(expected, rel=0.03)
+    assert spread(many, suite_rows([many])) == pytest.approx(expected, rel=0.03)
     # Few samples spread less than the distribution they are from; that is made up for.
     few = row("f", "fast", 1.0, n=5, noise=0.9 * sigma)
-    assert spread(few) == pytest.approx(math.sqrt(math.pi / 2 / 5) * sigma, rel=0.03)
-    assert spread({**many, "n": 1}) == math.inf
+    expected = math.sqrt(math.pi / 2 / 5) * sigma
+    assert spread(few, suite_rows([few])) == pytest.approx(expected, rel=0.03)
+
+
+def test_samples_that_happen_to_agree_are_no_surer_than_their_suite() -> None:
+    quiet, usual, loud = (
+        row(part, "fast", 1.0, noise) for part, noise in (("a", 0.0), ("b", 0.1), ("c", 0.3))
+    )
+    rows = suite_rows([quiet, usual, loud, row("d", "fast", 1.0, 9.0, suite="other")])
+    assert spread(quiet, rows) == spread(usual, rows) < spread(loud, rows)
+    # Of one sample the suite tells; with nothing else of the suite, nobody does.
+    once = row("e", "fast", 1.0, 0.0, n=1)
+    assert spread(once, rows) == pytest.approx(math.sqrt(5) * spread(usual, rows))
+    assert spread(once, suite_rows([once])) == math.inf
 
 
 def test_missing_failed_new_and_twinless_rows_are_named(tmp_path: Path, capsys: Any) -> None:
