@@ -7,10 +7,10 @@ clock or neighbour meets both alike. FRESH_FOLDER is the newest in benchmarks/re
 the other is the last one before it there, whole, of the same CPU or GPU, cores and threads.
 
 A ratio of two ratios counts as a regression where it is above 1 + tolerance by more than twice its
-standard error, which follows from the spreads of the four medians in it, each at least what is usual
-in its suite. So a noisy row can hide something: the table marks rows whose error alone reaches the
-tolerance. A slower reference is not
-seen, and makes the others look better: it is the yardstick.
+standard error, which follows from the spreads of the four medians in it, each at least what is
+usual in its suite. So a noisy row can hide something: the table marks rows whose error alone
+reaches the tolerance. A slower reference is not seen, and makes the others look better: it is the
+yardstick.
 
 Exit code: 0; 1 where a row regressed, or failed that was measured before; 2 where nothing can be
 compared.
