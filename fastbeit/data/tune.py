@@ -9,6 +9,8 @@ batches ahead and the hardware decoder's share (0.6 to 0.9) are searched; on a C
 batches ahead of DALI and of the PIL loader. ``--loader`` keeps to one of them. One rank is
 measured, on its share of the cores: ``--tune-ranks`` ranks share the machine (default: one a GPU).
 
+``--tune-seconds`` is when the last measurement begins; a slow loader's takes its time.
+
 Printed: every setting with its rate, the best one as flags, and, if a step's rate is known (images
 per second and rank, given or from a run's metrics.jsonl), whether the loader outruns it by 1.3.
 Written to ``--tune-out`` (runs/loader): a dated JSON file with all of it, never an existing one.
@@ -164,10 +166,8 @@ def tune(
         # A loader leaves the ones after it their share of the time.
         search.ends_s = search_ends_s - own.tune_seconds * (1 - number / len(found))
         ends.append(search.run(axes))
-    best = ends[0]
-    if len(ends) > 1:
-        search.ends_s = math.inf
-        best = search.fastest(ends)
+    search.ends_s = math.inf  # a few more measurements where loaders are close
+    best = search.duel(ends)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **machine(device),

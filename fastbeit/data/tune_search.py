@@ -19,6 +19,8 @@ import torch
 
 from fastbeit.data.loader import Loader
 
+CLOSE = 1.25
+"""Loaders further apart than that are not measured against each other once more."""
 MARGIN = 1.02
 """How much better a setting has to be: below that it is the spread of short measurements."""
 MIN_BATCHES = 3
@@ -94,6 +96,12 @@ class Search:
             if here == before or self.cut_short:
                 return here
 
+    def duel(self, ends: Sequence[Setting]) -> Setting:
+        """The fastest of several searches' ends; those that are close in turn once more."""
+        best = max(ends, key=self.rate)
+        close = [setting for setting in ends if CLOSE * self.rate(setting) >= self.rate(best)]
+        return self.fastest(close) if len(close) > 1 else best
+
     def fastest(self, settings: Sequence[Setting]) -> Setting:
         """The fastest of ``settings``, measured in turn; the first unless another beats it."""
         fresh: dict[Setting, list[float]] = {}
@@ -118,16 +126,21 @@ def loader_rate(
     """Images per second that a loader gives when nothing but the clock takes its batches.
 
     What was ready before the clock starts is no rate, so as many batches are dropped first as
-    workers and queues hold. On a GPU the batches are waited for, as a step would.
+    workers and queues hold; fewer where that takes longer than ``seconds``, for then they were
+    waited for. Workers give batches in bursts: two of each are awaited at least. On a GPU the
+    batches are, too, as a step would.
     """
     with open_loader(setting) as loader:
-        ahead = setting.prefetch * (max(1, setting.workers) + 1) + 1
-        for _ in range(ahead):
-            device = next(loader).images.device
-        _settle(device)
-        images, batches = 0, 0
+        device = next(loader).images.device
         began_s = time.perf_counter()
-        while batches < MIN_BATCHES or time.perf_counter() - began_s < seconds:
+        for _ in range(setting.prefetch * (max(1, setting.workers) + 1)):
+            next(loader)
+            if time.perf_counter() - began_s > seconds:
+                break
+        _settle(device)
+        images, batches, least = 0, 0, max(MIN_BATCHES, 2 * setting.workers)
+        began_s = time.perf_counter()
+        while batches < least or time.perf_counter() - began_s < seconds:
             images += len(next(loader))
             batches += 1
         _settle(device)

@@ -67,6 +67,11 @@ def test_medians_decide_and_a_hair_more_does_not() -> None:
     noisy = {1: [100.0, 100.0, 100.0], 2: [900.0, 50.0, 60.0], 4: [10.0, 120.0, 130.0]}
     search = Search(lambda s: noisy[s.workers].pop(0), rounds=3, ends_s=FOREVER)
     assert search.fastest([replace(START, workers=w) for w in (1, 2, 4)]).workers == 4
+    search.rates = {START: [100.0], replace(START, workers=2): [70.0]}
+    assert search.duel(list(search.rates)) == START  # far apart: nothing is left in noisy[1] to ask
+    close = Search(lambda s: 100.0 * s.workers, rounds=2, ends_s=FOREVER)
+    close.rates = {START: [100.0], replace(START, workers=2): [90.0]}
+    assert close.duel([START, replace(START, workers=2)]).workers == 2
     flat = Search(lambda s: 100 + s.workers / 10, rounds=1, ends_s=FOREVER)
     assert flat.run(AXES) == START  # up to 0.8 % more is within the margin
 
@@ -106,19 +111,36 @@ def test_counts_and_flags() -> None:
 # ---------------------------------------------------------------- measuring
 
 
-def test_what_was_ready_before_the_clock_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ready", "interval_s", "setting", "seconds", "taken"),
+    [
+        # Two workers with two each, two in the pipeline, one: dropped. Then 20 in ten seconds.
+        (7, 0.5, Setting("dali", 2, 2), 10.0, 7 + 20),
+        # Ten could be ready; after one that was waited for no more are dropped. Three at least.
+        (2, 3.0, Setting("dali", 1, 4), 2.0, 3 + 3),
+        # Two of each worker at least.
+        (6, 3.0, Setting("reference", 4, 1), 2.0, 6 + 8),
+    ],
+)
+def test_what_was_ready_before_the_clock_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+    ready: int,
+    interval_s: float,
+    setting: Setting,
+    seconds: float,
+    taken: int,
+) -> None:
+    """A loader that gives ``ready`` batches of 8 at once, and then one every ``interval_s``."""
     now = [0.0]
     monkeypatch.setattr(tune_search.time, "perf_counter", lambda: now[0])
 
     class Fake:
-        """Seven batches at once, then one every half second."""
-
         given = 0
         closed = False
 
         def __next__(self) -> MimBatch:
             self.given += 1
-            now[0] += 0.0 if self.given <= 7 else 0.5
+            now[0] += interval_s if self.given > ready else 0.0
             views = torch.zeros(8, 1, 2, 2)
             return MimBatch(views, views, torch.zeros(8, 1), None, torch.arange(8))
 
@@ -129,8 +151,8 @@ def test_what_was_ready_before_the_clock_is_not_counted(monkeypatch: pytest.Monk
             self.closed = True
 
     fake: Any = Fake()
-    assert loader_rate(lambda setting: fake, Setting("dali", 2, 2), seconds=10) == 16.0
-    assert fake.closed and fake.given == 7 + 20
+    assert loader_rate(lambda _: fake, setting, seconds) == pytest.approx(8 / interval_s)
+    assert fake.closed and fake.given == taken
 
 
 # ---------------------------------------------------------------- what is tried where
