@@ -44,17 +44,22 @@ def check_options(config: pytest.Config, out: Path) -> None:
             f"--record={out} isn't a folder for results: pytest's --record takes the word behind "
             "it; write --record=DIR, or --record as the last argument"
         )
-    whole = not any(config.getoption(name, None) for name in NARROWING)
-    whole = whole and [Path(word).resolve() for word in config.args] == [ROOT / "benchmarks"]
     if out.resolve() == RESULTS and os.environ.get(TINY_VARIABLE):
         raise pytest.UsageError(
             f"{TINY_VARIABLE} is set: tiny sizes try the code, and their times are no results"
         )
-    if out.resolve() == RESULTS and not whole:
+    if out.resolve() == RESULTS and not is_whole(config):
         raise pytest.UsageError(
             "benchmarks/results/ takes whole runs only (pytest benchmarks/ --benchmark-only "
             "--record): give a part of the suites a folder of its own, --record=DIR"
         )
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether a session was asked for all suites."""
+    if any(config.getoption(name, None) for name in NARROWING):
+        return False
+    return [Path(word).resolve() for word in config.args] == [ROOT / "benchmarks"]
 
 
 class Recorder:
@@ -63,7 +68,11 @@ class Recorder:
     def __init__(self, config: pytest.Config, out: Path) -> None:
         self._began_s = time.monotonic()
         self._out = out
-        self._environment = describe(config.invocation_params.args)
+        self._environment = {
+            **describe(config.invocation_params.args),
+            "whole": is_whole(config),
+            "tiny": bool(os.environ.get(TINY_VARIABLE)),
+        }
         self._rows: list[Row] = []
 
     @functools.cached_property

@@ -167,7 +167,7 @@ def choose(fresh: Path | None, against: Path | None, results: Path) -> tuple[Sui
         if run.folder.resolve() != first.folder.resolve()
         and run.machine == first.machine
         and run.folder.name < first.folder.name
-        and run.ended
+        and run.complete
     ]
     if not same:
         raise NothingToCompare(

@@ -127,10 +127,11 @@ def over(row: Row, other: Row, rows: dict[Key, Row]) -> Ratio:
 
 
 class SuiteRun:
-    """A recorded run of the suites."""
+    """A recorded run of the suites; ``place`` is its folder within the results."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, place: str | None = None) -> None:
         self.folder = folder
+        self.place = folder.name if place is None else place
         self.environment = read_environment(folder)
         self.rows = suite_rows(read_rows(folder))
 
@@ -146,25 +147,34 @@ class SuiteRun:
     def ended(self) -> bool:
         return bool(self.environment.get("ended"))
 
+    @property
+    def complete(self) -> bool:
+        """All suites, to the end."""
+        return self.ended and self.environment.get("whole", True)
+
 
 def is_suite_run(folder: Path) -> bool:
     return read_environment(folder).get("kind") == "suites"
 
 
 def suite_runs(results: Path) -> list[SuiteRun]:
-    """All of them, the oldest first; those that belong to a run on a GPU lie inside its folder."""
+    """All of them, the oldest first; those that belong to a run on a GPU lie inside its folder.
+
+    Tiny sizes, which try the code, are no results.
+    """
     found: list[SuiteRun] = []
     for folder in result_folders(results):
-        inside = result_folders(folder / NESTED)
-        found += [SuiteRun(place) for place in (folder, *inside) if is_suite_run(place)]
-    return found
+        for path in (folder, *result_folders(folder / NESTED)):
+            if is_suite_run(path):
+                found.append(SuiteRun(path, path.relative_to(results).as_posix()))
+    return [run for run in found if not run.environment.get("tiny")]
 
 
 def newest_by_machine(results: Path) -> list[SuiteRun]:
-    """The last run of each machine; one that was cut short only where there is no other."""
+    """The last run of each machine; a part, or one cut short, only where there is no other."""
     newest: dict[str, SuiteRun] = {}
     for run in suite_runs(results):
         held = newest.get(run.machine)
-        if held is None or run.ended or not held.ended:
+        if held is None or (run.complete, run.ended) >= (held.complete, held.ended):
             newest[run.machine] = run
     return list(newest.values())

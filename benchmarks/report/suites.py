@@ -36,7 +36,7 @@ def parts(runs: Sequence[SuiteRun], docs: Path, link: str) -> list[str]:
         lines += [f"| {plot.title} | {NOT_MEASURED} |" for plot in PLOTS]
         found += ["\n".join(lines)]
     for run in runs:
-        found += _of_run(run, docs, f"{link}/{run.folder.name}")
+        found += _of_run(run, docs, f"{link}/{run.place}")
     return found
 
 

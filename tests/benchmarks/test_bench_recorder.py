@@ -124,6 +124,7 @@ def test_a_run_says_where_it_ran_and_names_no_folder(recorded: tuple[SuiteRun, s
     assert about["cpu"]["usable_cores"] > 0 and about["packages"]["torch"] == torch.__version__
     assert about["command"][:4] == ["python", "-m", "pytest", "-p"]
     assert {"load_at_start", "load_at_end", "dirty", "commit"} <= set(about)
+    assert about["whole"] is False and about["tiny"] is False and not run.complete
     everything = "".join(path.read_text(encoding="utf-8") for path in run.folder.iterdir())
     assert str(run.folder.parents[1]) not in everything
     assert run.folder.name.endswith("-" + (about["commit"] or about["source_sha256"])[:10])
@@ -224,4 +225,5 @@ def test_only_a_run_to_the_end_has_ended(
 
 
 def nothing_asked() -> Any:
-    return SimpleNamespace(invocation_params=SimpleNamespace(args=("benchmarks",)))
+    asked = SimpleNamespace(args=("benchmarks",))
+    return SimpleNamespace(**vars(config(["benchmarks"])), invocation_params=asked)

@@ -207,6 +207,21 @@ def test_only_the_same_machine_is_compared(tmp_path: Path, capsys: Any) -> None:
     }
 
 
+def test_parts_inside_a_gpus_run_step_behind_whole_runs(tmp_path: Path, capsys: Any) -> None:
+    made(tmp_path, "2026-01-01", BEFORE)
+    outer = made(tmp_path, "2026-01-02", [], kind="gpu")
+    made(outer / "suites", "2026-01-02T1", BEFORE[:2], whole=False)
+    made(tmp_path, "2026-01-03", BEFORE, tiny=True)
+    (newest,) = newest_by_machine(tmp_path)
+    assert newest.place == "2026-01-01"
+    made(outer / "suites", "2026-01-02T2", BEFORE[:2], whole=False, device="NVIDIA H100")
+    places = {run.place for run in newest_by_machine(tmp_path)}
+    assert places == {"2026-01-01", "2026-01-02/suites/2026-01-02T2"}
+    fresh = made(tmp_path, "2026-01-04", BEFORE)
+    assert check(tmp_path, str(fresh)) == 0
+    assert "against 2026-01-01," in capsys.readouterr().out
+
+
 def test_a_fresh_run_from_elsewhere_is_compared_with_the_recorded(tmp_path: Path) -> None:
     made(tmp_path / "results", "2026-01-01", BEFORE)
     fresh = made(tmp_path / "tmp", "2026-01-02", BEFORE)

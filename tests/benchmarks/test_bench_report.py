@@ -186,6 +186,13 @@ def test_the_newest_run_of_each_machine_is_shown(tmp_path: Path) -> None:
     assert "2026-01-03-cpu" in text and "2026-01-01-cpu" in text
 
 
+def test_a_run_inside_a_gpus_folder_is_linked_where_it_lies(tmp_path: Path) -> None:
+    outer = made(tmp_path, [], kind="gpu")
+    made(outer / "suites", ROWS)
+    text = report.page(tmp_path, tmp_path / "docs")
+    assert "(../benchmarks/results/2026-01-02-cpu/suites/2026-01-02-cpu/rows.jsonl)" in text
+
+
 def test_figures_are_significant() -> None:
     shown = [figures(value) for value in (None, 0.1234, 1.234, 12.34, 1234.5)]
     assert shown == ["–", "0.123", "1.23", "12.3", "1,234"]
