@@ -1,8 +1,8 @@
 """The suites that say what kernels are for: whole steps, the tokenizer, the loader, pre-training.
 
-They run as `pytest benchmarks/FILE ... --benchmark-only --record=...` in a process of their own, most
-important file first, and record into the folder `suites` of the run, row by row: what they had not
-come to when their time was up is missing, and nothing else.
+They run as `pytest benchmarks/FILE ... --benchmark-only --record=...` in one process, the most
+important file first, and record into the folder `suites` of the run, row by row: what they had
+not come to when their time was up is missing, and nothing else.
 """
 
 from __future__ import annotations
