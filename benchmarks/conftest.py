@@ -37,3 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         check_options(config, out)
         config.pluginmanager.register(Recorder(config, out), "benchmarks.recorder")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_fp32() -> None:
+    """Whoever is timed in fp32 gets it: by default cuDNN rounds convolutions' factors to TF32."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False

@@ -128,7 +128,7 @@ def update(
     clip_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss, backward, clip and step as the official engine orders them, with its host reads."""
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits.float(), labels)  # as autocast has it
     if not torch.isfinite(loss.detach()).item():
         raise RuntimeError(f"the loss is {loss.item()}")
     optimizer.zero_grad()

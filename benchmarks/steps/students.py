@@ -7,6 +7,7 @@ to the blocks in training; others run under autocast, as they are trained.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 import tempfile
@@ -63,9 +64,10 @@ class WithoutPruning(BeitForMim):
 
 
 def of_fastbeit(model: BeitForMim, device: torch.device, dtype: torch.dtype) -> Student:
+    exact = None if model.rel_pos is None else copy.deepcopy(model.rel_pos.state_dict())
     model.to(device, dtype)
-    if model.rel_pos is not None:
-        model.rel_pos.float()
+    if model.rel_pos is not None and exact is not None:
+        model.rel_pos.float().load_state_dict(exact)
 
     def logits(batch: MimBatch) -> Tensor:
         prune = not isinstance(model, WithoutPruning)

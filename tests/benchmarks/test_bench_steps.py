@@ -67,6 +67,16 @@ def test_masks_leave_empty_slots_and_tokens_differ() -> None:
     assert len(codes.unique()) > 6
 
 
+def test_the_table_keeps_its_precision_in_16_bits() -> None:
+    """As training has it; the other weights are rounded."""
+    student = students.fast(TINY, CPU, torch.bfloat16)
+    name = "rel_pos_bias.relative_position_bias_table"
+    table = TINY.student().get_parameter(name)
+    assert torch.equal(student.module.get_parameter(name), table)
+    assert not torch.equal(table, table.bfloat16())
+    assert {p.dtype for p in student.module.parameters()} == {torch.float32, torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     "parameter",
     ["mask_token", "blocks.0.gamma_1", "rel_pos_bias.relative_position_bias_table", "lm_head.bias"],
