@@ -41,6 +41,7 @@ def test_the_prediction_meets_a_machine_that_behaves_as_the_model_says() -> None
     assert report(times, rows).count("(+0%)") + report(times, rows).count("(-0%)") == 3
 
 
+@pytest.mark.slow
 def test_two_processes_are_measured_and_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
