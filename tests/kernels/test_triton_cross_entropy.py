@@ -175,6 +175,22 @@ def test_the_lowest_of_equal_logits_is_the_answer(whole_row, dtype) -> None:
 
 
 @pytest.mark.parametrize("whole_row", [0, 256])
+def test_equal_logits_in_one_group_of_eight_classes_and_across_two(whole_row) -> None:
+    """Whole rows tell classes apart by groups of eight. Row by row the label and another class
+    score alike: the label is the answer where it is the lower of the two."""
+    classes = (0, 1, 6, 7, 8, 9, 15, 16, 23)
+    pairs = [(low, high) for low in classes for high in classes if low < high]
+    weight = torch.zeros(40, len(pairs), device=DEVICE)
+    for row, pair in enumerate(pairs):
+        weight[list(pair), row] = 1.0
+    hidden = torch.eye(len(pairs), device=DEVICE)[None]
+    lower, higher = torch.tensor(pairs, device=DEVICE).T
+    with choices(whole_row=whole_row):
+        assert triton(hidden, None, weight, None, lower[None]).correct.item() == len(pairs)
+        assert triton(hidden, None, weight, None, higher[None]).correct.item() == 0
+
+
+@pytest.mark.parametrize("whole_row", [0, 256])
 def test_a_bias_of_minus_infinity_takes_a_class_out(whole_row) -> None:
     (hidden, weight, bias), _, targets = problem(1, 6, None, 4, 9)
     targets = targets.clamp(min=0) % 8

@@ -131,10 +131,7 @@ def conv_pointwise(
         tl.program_id(0), images, height, width, PIXELS, ROWS
     )
     h = tl.arange(0, PADDED_HIDDEN)
-    # All addresses before the sums: between the two products, registers are what there is least of.
     input_p = place(input_ptr, image, y, x, input_image, input_row, input_column)
-    residual_p = place(residual_ptr, image, y, x, residual_image, residual_row, residual_column)
-    out_p = place(out_ptr, image, y, x, out_image, out_row, out_column)
     if ROWS == 1:
         one = sum_over_taps(
             input_p, filter_ptr, y, x, height, width, input_row, input_column, chunks, h,
@@ -155,6 +152,8 @@ def conv_pointwise(
         if HIDDEN != PADDED_HIDDEN:  # zero weights don't keep out what is infinite
             hidden_ph = tl.where((h < HIDDEN)[None, :], hidden_ph, 0.0).to(hidden_ph.dtype)
         hidden = hidden + (hidden_ph,)
+    residual_p = place(residual_ptr, image, y, x, residual_image, residual_row, residual_column)
+    out_p = place(out_ptr, image, y, x, out_image, out_row, out_column)
     for start in range(0, outputs_all, TILE_OUTPUTS):
         outputs = start + tl.arange(0, TILE_OUTPUTS)
         pointwise_oh = pointwise_ptr + outputs[:, None] * HIDDEN + h[None, :]

@@ -40,7 +40,7 @@ def pixel_block(block, images, height, width, PIXELS: tl.constexpr, ROWS: tl.con
     first = block.to(tl.int64) * PIXELS
     first_image = first // area
     place = (first - first_image * area).to(tl.int32) + tl.arange(0, PIXELS)
-    image = first_image.to(tl.int32) + place // area
+    image = first_image + place // area
     place = place % area
     y = tl.where(image < images, place // width * ROWS, NOWHERE)
     return image, y, place % width
@@ -49,8 +49,7 @@ def pixel_block(block, images, height, width, PIXELS: tl.constexpr, ROWS: tl.con
 @triton.jit
 def place(pointer, image, y, x, image_step, row_step, column_step):
     """Pointers to channel 0 of pixels, in a tensor of any strides but the channels'."""
-    offset = image.to(tl.int64) * image_step + y.to(tl.int64) * row_step
-    return pointer + offset + x.to(tl.int64) * column_step
+    return pointer + image * image_step + y.to(tl.int64) * row_step + x.to(tl.int64) * column_step
 
 
 @triton.jit
