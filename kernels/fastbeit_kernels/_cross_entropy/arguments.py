@@ -51,7 +51,8 @@ def _whole_tile(classes: int) -> tuple[int, int, int]:
     """(padded classes, rows, warps) of a tile of whole rows."""
     padded = _padded(classes)
     together = min(configs.WHOLE_ROWS, max(1, configs.WHOLE_TILE // padded))
-    return padded, together, max(1, padded * together // (32 * configs.WHOLE_ELEMENTS))
+    elements = configs.WHOLE_ELEMENTS if together == 1 else configs.NARROW_ELEMENTS
+    return padded, together, max(1, padded * together // (32 * elements))
 
 
 def loss_programs(config: LossConfig, total: int, classes: int) -> int:
