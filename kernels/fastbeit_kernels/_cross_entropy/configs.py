@@ -54,8 +54,8 @@ LOSS: dict[tuple[str, int], LossConfig] = {
 # Elements of a whole row that a thread holds: four loads of 16 bytes at 16 bits.
 WHOLE_ELEMENTS = 32
 # Narrow rows are taken together until a tile has this many elements, or this many rows; a thread
-# holds half as many of them, since it has numbers of several rows beside them. 1,000 classes, sm_90,
-# bf16: 80 registers, smoothed 96; by 32 elements 133, smoothed 128 and 8 bytes of stack.
+# holds half as many, since it has numbers of several rows beside them. 1,000 classes, bf16, sm_90:
+# 80 registers, smoothed 96; by 32 elements 133, smoothed 128 and 8 bytes of stack.
 WHOLE_TILE, WHOLE_ROWS, NARROW_ELEMENTS = 2048, 4, 16
 # First and second pass over longer rows: classes of a block; of the first warps and stages too, of
 # the second rows.
