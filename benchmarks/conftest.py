@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_disable", False):  # the code is tried, in tiny sizes
         os.environ.setdefault("FASTBEIT_BENCH_TINY", "1")
+    # A library's warning (Inductor's, that TF32 would be faster) is no reason to lose a row.
+    config.addinivalue_line("filterwarnings", "default")
     out = config.getoption("record", None)
     if out is not None:
         from benchmarks.recorder import Recorder, check_options

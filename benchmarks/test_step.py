@@ -25,6 +25,7 @@ from benchmarks.suite import DEVICE, measure, missing
 from fastbeit import environment
 from fastbeit.training import trace
 from fastbeit.training.distributed import World
+from fastbeit.training.graph import WARM_UPS
 
 Build = Callable[[Problem, World, torch.dtype], Step]
 DTYPES = ["float32", "bfloat16"]
@@ -66,6 +67,15 @@ def fast(problem: Problem, world: World, dtype: torch.dtype) -> Step:
     return optimizer_steps.ours(problem, world, dtype, all_levers())
 
 
+def without_graph(
+    problem: Problem, world: World, levers: Levers
+) -> Callable[[torch.dtype], Step] | None:
+    """Builds the eager twin of a step with a CUDA graph; None where it has none."""
+    if not levers.graph:
+        return None
+    return lambda dtype: optimizer_steps.ours(problem, world, dtype, replace(levers, graph=False))
+
+
 def reference(problem: Problem, world: World, dtype: torch.dtype) -> Step:
     return optimizer_steps.ours(problem, world, dtype, Levers())
 
@@ -98,6 +108,17 @@ PATHS: dict[str, Build] = {
 }
 
 
+def assert_replay(step: Step, eager: Step, dtype: torch.dtype) -> None:
+    """A step that was called once finds, when it is replayed first, what an eager one does."""
+    for _ in range(WARM_UPS):
+        found = step()
+    for _ in range(WARM_UPS + 1):
+        wanted = eager()
+    for ours, theirs in zip(found, wanted, strict=True):
+        gap = abs(ours.item() / theirs.item() - 1)
+        assert gap <= expected.TOLERANCES[dtype], f"a replay is {gap:.1e} off"
+
+
 def assert_first_step(step: Step, problem: Problem, dtype: torch.dtype) -> None:
     """Loss and gradient norm of the first step are those of the reference student in fp32."""
     wanted, allowed = expected.numbers(problem, DEVICE), expected.TOLERANCES[dtype]
@@ -119,8 +140,13 @@ def time_step(
     suite: str,
     part: str,
     path: str,
+    eager: Callable[[torch.dtype], Step] | None = None,
 ) -> Step:
-    """Build, check by the first step, time those that follow."""
+    """Build, check by the first step, time those that follow.
+
+    ``eager``: builds the same without a CUDA graph, to compare a replay with; None where there is
+    no graph.
+    """
     about = {"suite": suite, "part": part, "path": path, "sizes": problem.sizes, "dtype": dtype}
     benchmark.extra_info.update(about)  # also of a row that is missing
     precision = getattr(torch, dtype)
@@ -130,13 +156,19 @@ def time_step(
         step = build(precision)
     except Unavailable as error:
         missing(str(error))
+
+    def check() -> None:
+        assert_first_step(step, problem, precision)
+        if eager is not None:
+            assert_replay(step, eager(precision), precision)
+
     measure(
         benchmark,
         step,
         suite=suite,
         part=part,
         path=path,
-        check=lambda: assert_first_step(step, problem, precision),
+        check=check,
         images=problem.batch,
         work=problem.step_work(),
         dtype=dtype,
@@ -161,6 +193,7 @@ def test_step(benchmark: Any, world: World, path: str, dtype: str) -> None:
         suite="step",
         part="optimizer step",
         path=path,
+        eager=without_graph(problem, world, all_levers()) if path == "fast" else None,
     )
 
 
@@ -169,7 +202,8 @@ def test_levers(benchmark: Any, world: World, lever: str) -> None:
     """One lever after another stays pulled; first and last also under the profiler, by parts."""
     problem = base_for(DEVICE)
     levers = Levers() if lever == "reference" else up_to(lever)
-    had = [name for name in LEVERS if why_not(name) is None]
+    # What a graph replays has no phase that a profiler could count it to.
+    had = [name for name in LEVERS if why_not(name) is None and name != "graph"]
     reason = None if lever == "reference" else why_not(lever)
 
     def build(dtype: torch.dtype) -> Step:
@@ -186,6 +220,7 @@ def test_levers(benchmark: Any, world: World, lever: str) -> None:
         suite="levers",
         part="optimizer step",
         path=LEVERS.get(lever, lever),
+        eager=without_graph(problem, world, levers),
     )
     if not benchmark.disabled and lever in ("reference", had[-1]):
         benchmark.extra_info["parts"] = parts_of(step)

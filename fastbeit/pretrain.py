@@ -42,7 +42,7 @@ from fastbeit.training.optimizer import (
     set_lr,
 )
 from fastbeit.training.schedule import cosine_schedule
-from fastbeit.training.speed import settle_speed
+from fastbeit.training.speed import check_speed, settle_speed
 from fastbeit.training.step import TrainStep, Window
 from fastbeit.training.tokenizing import load_run_tokenizer
 
@@ -76,25 +76,26 @@ def train(
     config: PretrainConfig, world: distributed.World, after_step: Callable[[], None] = lambda: None
 ) -> int:
     """Run or resume ``config``; the exit code. What ``after_step`` raises ends the run unsaved."""
-    # 1. Data, tokenizer, and what follows from them. Wrong input ends here, before any GPU work.
+    # 1. Data, tokenizer, and what follows from them. Wrong input ends here, before any training.
     run_dir = config.run_dir
     lock = setup.lock_run(run_dir, world)  # held until this function returns
     saved = setup.open_run(config, world)
     asked, config = config, setup.settle_precision(config, world.device)
+    check_speed(config, world)
     backends, notes = settle_backends(config, world.device)
     distributed.seed_everything(config.run.seed)
     source = setup.in_turn(world, lambda: open_source(config.data.data))
+    total_steps = layout.total_steps(config, len(source))
+    warmup_steps = layout.warmup_steps(config, len(source))
+    micro_batch, accumulation, batch_note = layout.resolve_batch(config, world.size)
     tokenizer, config, told = load_run_tokenizer(config, source, world, saved)
     views = setup.view_spec(config, tokenizer)
     plan = config.plan_spec()
     schedule = BatchSchedule(len(source), config.run.global_batch, config.run.seed)
-    total_steps = layout.total_steps(config, len(source))
-    warmup_steps = layout.warmup_steps(config, len(source))
-    micro_batch, accumulation, batch_note = layout.resolve_batch(config, world.size)
     speed = settle_speed(config, tokenizer.config, world, micro_batch)
     notes += [*told, *speed.notes]
 
-    # 2. Model and optimizer, the same on every rank, spread by FSDP2.
+    # 2. Model and optimizer, the same on every rank, spread by FSDP2 where there are several.
     model = BeitForMim(config.model, seed=config.run.seed, backends=backends).to(world.device)
     model.set_checkpointing(speed.checkpointing)
     notes.append(compile_blocks(model, config, world, total_steps))

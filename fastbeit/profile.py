@@ -6,7 +6,10 @@
 
 It runs the training loop of ``fastbeit.pretrain`` itself, in a temporary run folder, lets
 ``--profile-skip`` steps pass (compilation, allocators, loader start-up), records the next ones, and
-stops without saving a model. Written to ``--profile-out`` (default ``runs/profile``):
+stops without saving a model. Steps run eagerly, tokens in their turn, whatever the flags say: what
+a graph replays or runs beside a step has no phase to be counted to.
+
+Written to ``--profile-out`` (default ``runs/profile``):
 
     trace-rank0.json   for chrome://tracing or ui.perfetto.dev, one a rank
     profile.json       the table's numbers, of rank 0
@@ -165,6 +168,8 @@ def _for_profiling(config: PretrainConfig, folder: Path, own: argparse.Namespace
         checkpoint_every=steps,
         tensorboard=False,
         wandb=False,
+        cuda_graph="off",
+        tokenize_ahead="off",
     )
     warmup = replace(config.optimizer, warmup_steps=0)
     return replace(config, run=run, optimizer=warmup)
@@ -184,7 +189,9 @@ def _write(
     events: Any = recorder.profiler.events() or []
     times = trace.time_by_part(events, on_gpu=world.device.type == "cuda")
     micro_batch, accumulation, _ = layout.resolve_batch(config, world.size)
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer, device=world.device)
+    tokenizer = load_tokenizer(
+        config.tokenizer.tokenizer, device=world.device, impl=config.run.kernels
+    )
     dvae = tokenizer.config
     if config.tokenizer.tokenizer_precision == "auto":  # as the run has chosen it
         source = open_source(config.data.data)

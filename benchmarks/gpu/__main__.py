@@ -10,7 +10,8 @@ Each row is on the disk when it is known, so a run that is cut short keeps what 
 
 ``--dry-run`` goes through all of it on a CPU, with interpreted kernels and tiny shapes: it tries
 the code, and its times mean nothing. ``--only TEXT`` (repeatable) takes the cases and problems
-whose name contains it. Exit code: 0; 1 when a check of correctness failed; 2 without a GPU.
+whose name contains it, and the suites that are named so (test_step.py, ...). Exit code: 0; 1 when a
+check of correctness failed; 2 without a GPU.
 """
 
 from __future__ import annotations

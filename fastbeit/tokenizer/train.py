@@ -244,6 +244,9 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device must be auto, cpu or cuda[:N], got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is usable here; take cpu")
+    if device.type == "cuda":
+        # fp32 is fp32: by default cuDNN rounds convolutions' factors to TF32.
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 

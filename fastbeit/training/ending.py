@@ -34,13 +34,16 @@ def out_of_memory_advice(error: Exception, micro_batch: int, accumulation: int) 
     """What to change when the device's memory is too small."""
     first = str(error).splitlines()[0]
     if micro_batch == 1:
-        return f"out of memory at one image a rank: {first}. Use a smaller model or --shard zero3"
+        return (
+            f"out of memory at one image a rank: {first}. Use --activation-checkpointing on, a "
+            "smaller model, or --shard zero3 on several GPUs"
+        )
     share = micro_batch * accumulation
     fitting = max(n for n in range(1, micro_batch // 2 + 1) if share % n == 0)
     return (
         f"out of memory at {micro_batch} images a rank: {first}. Pass --micro-batch {fitting}: "
         f"accumulation goes from {accumulation} to {share // fitting} and the global batch stays "
-        "as it is"
+        "as it is; or --activation-checkpointing on, for a third more of the student's arithmetic"
     )
 
 

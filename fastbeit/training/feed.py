@@ -32,6 +32,14 @@ def choose_ahead(asked: str, device: torch.device) -> tuple[bool, str]:
     return asked == "on", "asked for by name"
 
 
+def _in_phase(encode: Encode) -> Encode:
+    def tokenize(batch: MimBatch) -> Tensor:
+        with phase("tokenize"):
+            return encode(batch)
+
+    return tokenize
+
+
 class Feed:
     """Hands out a step's micro-batches, and measures how long the loop waited for them.
 
@@ -59,11 +67,13 @@ class Feed:
         self._waited_s = 0.0
         self._batches = self._load(batches)
         if encode is not None:
-            self._batches = iter(TokenizeAhead(self._batches, encode, device, graph=graph))
+            ahead = TokenizeAhead(self._batches, _in_phase(encode), device, graph=graph)
+            self._batches = iter(ahead)
 
     def take(self, step: int, accumulation: int) -> Iterator[MimBatch]:
         """The micro-batches of one step, on the device."""
         self.sample_ids, self._step = [], step
+        self._watchdog.at(step, "computing")  # ahead, the last step loads nothing
         for batch in itertools.islice(self._batches, accumulation):
             self.sample_ids += batch.index.tolist()
             yield batch

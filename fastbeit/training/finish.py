@@ -137,7 +137,8 @@ def masked_validation(
         ) as loader,
     ):
         for batch in loader:
-            targets = tokenizer.encode(batch.token_images.to(_device(tokenizer)), batch.positions)
+            there = batch.to(_device(tokenizer))
+            targets = tokenizer.encode(there.token_images, there.positions)
             out = model.loss(batch.images, batch.positions, targets.cpu())
             loss += float(out.loss * out.count)
             correct += float(out.correct)

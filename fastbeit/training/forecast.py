@@ -245,12 +245,11 @@ def _memory(config: PretrainConfig, dvae: DvaeConfig, micro_batch: int, gpus: in
         fused_attention=config.run.device != "cpu",
     )
     kept, recomputed = estimate(), estimate(checkpointing=True)
-    on_cpu = config.run.device == "cpu"
-    checkpointing, why = choose_checkpointing(
-        config.run.activation_checkpointing,
-        kept,
-        hardware.memory_bytes() if on_cpu else REFERENCE_MEMORY_BYTES,
-    )
+    device, bytes_ = "an 80 GB GPU, assumed", REFERENCE_MEMORY_BYTES
+    if config.run.device == "cpu":
+        whole = hardware.memory_bytes()
+        device, bytes_ = "this machine's share", None if whole is None else whole // local
+    checkpointing, why = choose_checkpointing(config.run.activation_checkpointing, kept, bytes_)
     memory = recomputed if checkpointing else kept
     sharded = f"--shard {config.run.shard}"
     if config.run.shard == "hybrid":
@@ -267,14 +266,14 @@ def _memory(config: PretrainConfig, dvae: DvaeConfig, micro_batch: int, gpus: in
     yield Row(
         "activation checkpointing",
         "on" if checkpointing else "off",
-        f"{why}; with it {_bytes(recomputed.activations)} of activations, "
+        f"{why} ({device}); with it {_bytes(recomputed.activations)} of activations, "
         f"{_bytes(recomputed.peak)} at the peak, and a third more of the student's arithmetic",
     )
     yield Row("logits", _bytes(memory.loss_head), f"of {config.mask.target} slots an image")
     yield Row(
         "tokenizer",
         _bytes(memory.tokenizer_weights + memory.tokenizer_activations),
-        f"{config.tokenizer.tokenizer_precision}; {_bytes(memory.tokenizer_activations)} of it "
+        f"{_precision_told(config)}; {_bytes(memory.tokenizer_activations)} of it "
         "only while it encodes (estimate)",
     )
     yield Row(
@@ -282,6 +281,11 @@ def _memory(config: PretrainConfig, dvae: DvaeConfig, micro_batch: int, gpus: in
         _bytes(memory.peak),
         "estimate, without library workspaces and the loader",
     )
+
+
+def _precision_told(config: PretrainConfig) -> str:
+    asked = config.tokenizer.tokenizer_precision
+    return "fp32, if auto finds 16 bits too coarse" if asked == "auto" else asked
 
 
 def _disk(config: PretrainConfig) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""An optimizer step as CUDA graphs: on one GPU its thousand launches become two.
+"""An optimizer step as CUDA graphs: on one GPU all its launches become two.
 
     runner = GraphedStep(TrainStep(...))
     result = runner.run(micro_batches, accumulation)
@@ -110,7 +110,8 @@ class GraphedStep:
             for name in _READ
         }
         # What a step doesn't read need not be kept alive.
-        inputs = self._inputs = replace(batch, token_images=batch.positions, **copies)
+        nothing = batch.token_images.new_empty(0)
+        inputs = self._inputs = replace(batch, token_images=nothing, **copies)
         assert inputs.targets is not None
         pool = torch.cuda.graph_pool_handle()
 
@@ -133,6 +134,8 @@ class GraphedStep:
                     self._sums.add_(step.backward(inputs, inputs.targets, last=True))
             with record("update"):
                 self._result = step.update(self._sums)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 "the step could not be captured as a CUDA graph; --cuda-graph off runs it without"

@@ -32,7 +32,9 @@ class RankMemory(NamedTuple):
     """Logits and their gradient, which live together for a moment."""
     tokenizer_weights: int
     tokenizer_activations: int
-    """Free again before the student's forward pass."""
+    """Free again before the student's forward pass, unless they run beside it."""
+    beside: bool = False
+    """Whether tokens are made while the student trains, or graphs keep its memory to themselves."""
 
     @property
     def peak(self) -> int:
@@ -44,7 +46,8 @@ class RankMemory(NamedTuple):
             + self.gathered_weights
             + self.tokenizer_weights
         )
-        return lasting + max(self.activations + self.loss_head, self.tokenizer_activations)
+        passing = (self.activations + self.loss_head, self.tokenizer_activations)
+        return lasting + (sum(passing) if self.beside else max(passing))
 
 
 def checkpoint_bytes(model: BeitConfig) -> int:
@@ -61,11 +64,13 @@ def rank_memory(
     local_size: int,
     fused_attention: bool,
     checkpointing: bool = False,
+    beside: bool = False,
 ) -> RankMemory:
     """Estimated bytes on one of ``world_size`` ranks, ``local_size`` of them on a node.
 
     Args:
         checkpointing: blocks keep their inputs only and are computed again in the backward pass.
+        beside: the tokenizer runs beside the student, or one of them in a CUDA graph.
         fused_attention: attention keeps no probabilities (PyTorch's fused kernels, on a GPU); False
             is the plain formula, which a CPU runs where the bias is trained or in bf16.
     """
@@ -81,7 +86,9 @@ def rank_memory(
     item = ITEM_BYTES[run.precision]
     block = block_parameters(model) + model.width
     gathered = stored
-    if run.shard in ("zero3", "hybrid"):
+    if world_size == 1 and item == 4:
+        gathered = 0  # one device computes with the masters themselves
+    elif world_size > 1 and run.shard in ("zero3", "hybrid"):
         # The root (embedding, norm, head) stays; one unit of blocks works while the next comes.
         units_blocks = min(model.depth, 2 * BLOCKS_PER_UNIT)
         gathered = stored - (model.depth - units_blocks) * block
@@ -97,6 +104,7 @@ def rank_memory(
         loss_head=micro_batch * config.mask.target * model.vocab_size * (item + 4 + 4),
         tokenizer_weights=tokenizer_item * encoder_numbers(dvae),
         tokenizer_activations=micro_batch * tokenizer_item * _encoder_numbers_held(dvae, model),
+        beside=beside,
     )
 
 

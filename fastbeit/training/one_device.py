@@ -20,6 +20,7 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *masters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # a weight without a gradient stays so
         copies = [torch.empty_like(master, dtype=dtype) for master in masters]
         torch._foreach_copy_(copies, masters)
         return tuple(copies)

@@ -256,7 +256,8 @@ def announce(
             "warning: this CPU emulates bf16 (matrix products were measured at a seventieth of "
             "fp32's speed on one): give --precision fp32, or auto"
         )
-    log.note(f"sharding: {config.run.shard}; {batch_note}")
+    sharding = config.run.shard if world.size > 1 else "none, with one rank"
+    log.note(f"sharding: {sharding}; {batch_note}")
     log.note(f"data: {len(source):,} images from {config.data.data}; loader {loader.reason}")
     log.note(
         f"tokenizer: {config.tokenizer.tokenizer}, {about['codes']} codes; up to {masked:.0%} of "

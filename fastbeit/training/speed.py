@@ -24,6 +24,12 @@ class Speed(NamedTuple):
     notes: list[str]
 
 
+def check_speed(config: PretrainConfig, world: World) -> None:
+    """ValueError where a choice was asked for by name that can't be had here."""
+    choose_graph(config.run.cuda_graph, world, config.optimizer.optimizer)
+    choose_ahead(config.run.tokenize_ahead, world.device)
+
+
 def settle_speed(config: PretrainConfig, dvae: DvaeConfig, world: World, micro_batch: int) -> Speed:
     """Settle ``--activation-checkpointing``, ``--cuda-graph`` and ``--tokenize-ahead``.
 
@@ -34,6 +40,8 @@ def settle_speed(config: PretrainConfig, dvae: DvaeConfig, world: World, micro_b
         ValueError: one that was asked for can't be had here.
     """
     run, device = config.run, world.device
+    graph, why_graph = choose_graph(run.cuda_graph, world, config.optimizer.optimizer)
+    ahead, why_ahead = choose_ahead(run.tokenize_ahead, device)
     plain = rank_memory(
         config,
         dvae,
@@ -41,12 +49,11 @@ def settle_speed(config: PretrainConfig, dvae: DvaeConfig, world: World, micro_b
         world_size=world.size,
         local_size=world.local_size,
         fused_attention=device.type != "cpu",
+        beside=graph or ahead,
     )
     checkpointing, why_checkpointing = choose_checkpointing(
         run.activation_checkpointing, plain, device_memory_bytes(world)
     )
-    graph, why_graph = choose_graph(run.cuda_graph, world, config.optimizer.optimizer)
-    ahead, why_ahead = choose_ahead(run.tokenize_ahead, device)
     told = (
         ("activation checkpointing", checkpointing, why_checkpointing),
         ("CUDA graph", graph, why_graph),

@@ -36,28 +36,36 @@ def load_run_tokenizer(
     device multiplies 16 bits faster. A resumed run keeps what it began with.
     """
     asked = config.tokenizer.tokenizer_precision
-    begun = saved.state["tokenizer"].get("precision") if saved is not None else None
-    settled = begun if asked == "auto" and begun is not None else asked
     tokenizer = load_tokenizer(
-        config.tokenizer.tokenizer,
-        device=world.device,
-        dtype=setup.DTYPES["fp32" if settled == "auto" else settled],
-        impl=config.run.kernels,
+        config.tokenizer.tokenizer, device=world.device, impl=config.run.kernels
     )
-    notes = []
+    begun = _begun_with(saved, tokenizer) if asked == "auto" else None
+    settled = begun or asked
+    notes = [f"tokenizer precision: {settled} (asked for by name)"] if asked != "auto" else []
     if settled == "auto":
         told: list[Any] = [None, None]
         if world.is_main:
             told = list(choose_precision(tokenizer, config, source, world.device))
         dist.broadcast_object_list(told, src=0, group=world.control)
         settled, reason = told
-        tokenizer = tokenizer.to(setup.DTYPES[settled])
         notes.append(f"tokenizer precision: {settled} ({reason})")
-    elif asked == "auto":
+    elif begun is not None:
         notes.append(f"tokenizer precision: {settled} (as the run began)")
+    tokenizer = tokenizer.to(setup.DTYPES[settled])
     tokenizer.origin["precision"] = settled
     chosen = replace(config.tokenizer, tokenizer_precision=settled)
     return tokenizer, replace(config, tokenizer=chosen), notes
+
+
+def _begun_with(saved: Saved | None, tokenizer: Tokenizer) -> str | None:
+    """The precision of a run that goes on with the same tokenizer; None where it is open."""
+    if saved is None:
+        return None
+    before = saved.state["tokenizer"]
+    if before.get("sha256") != tokenizer.describe().get("sha256"):
+        return None
+    asked = saved.state["config"]["tokenizer"]["tokenizer_precision"]
+    return before.get("precision") or (asked if asked != "auto" else None)
 
 
 def fast_precisions(device: torch.device) -> list[str]:
@@ -74,7 +82,10 @@ def choose_precision(
     names = fast_precisions(device)
     if not names:
         return "fp32", "this device has no fast 16-bit products"
-    return best_of(compare(tokenizer, _views(tokenizer, config, source, device), names))
+    try:
+        return best_of(compare(tokenizer, _views(tokenizer, config, source, device), names))
+    except torch.OutOfMemoryError:
+        return "fp32", "the device's memory is too small to compare"
 
 
 def best_of(found: Sequence[Agreement]) -> tuple[str, str]:
@@ -104,7 +115,7 @@ def _views(
         backend="reference",
         workers=0,
         device=device,
-        max_bad_fraction=config.data.max_bad_fraction,
+        max_bad_fraction=1.0,  # the run itself judges its data
         max_pixels=config.data.max_pixels,
     ) as loader:
         for batch in loader:

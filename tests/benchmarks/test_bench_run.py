@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import plan, sanitizer, suites, tuning
+from benchmarks.gpu import plan, sanitizer
 from benchmarks.gpu.pool import Pool, Task
 from benchmarks.operation import OURS, PASSES
 from benchmarks.operations import OPERATIONS
 from benchmarks.operations.attention.cases import FLASH2
 from benchmarks.results import read_environment, read_rows, result_folders
-from benchmarks.suite_rows import suite_runs
+from benchmarks.suite_rows import NESTED, SuiteRun
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -42,7 +42,7 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
     assert kinds == {
         "correctness", "prepared", "timing", "kernels", "suites", "tuning", "verdict",
     }  # fmt: skip
-    (nested,) = suite_runs(tmp_path)
+    nested = SuiteRun(*result_folders(folder / NESTED))
     assert nested.ended and {key.suite for key in nested.rows} == {"tokenizer"}
     assert any(row["status"] == "ok" for row in nested.rows.values())
     checks = {row["check"] for row in rows if row["kind"] == "correctness"}
@@ -280,29 +280,3 @@ def test_without_a_sanitizer_the_rest_goes_on(
     met = []
     rows = sanitizer.run_beside(tmp_path, {}, lambda: met.append(1), 10.0)
     assert met == [1] and {row["status"] for row in rows} == {"unavailable"}
-
-
-def test_suites_that_cannot_run_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def row(seconds: float = 100.0, only: tuple[str, ...] = ()) -> dict[str, object]:
-        return suites.run_suites(tmp_path, seconds, {}, list(only), True)
-
-    assert row(seconds=suites.LEAST_S - 1)["reason"] == "19 s were left"
-    assert row(only=("LayerNorm",))["status"] == "skipped"
-    assert suites.chosen([])[0] == "test_step.py"  # the most important
-    assert suites.chosen(["residual", "test_model.py"]) == ["test_model.py"]
-    monkeypatch.setattr(suites, "LEAST_S", 0.0)
-    assert row(seconds=0.2, only=("test_plan.py", "test_step.py"))["status"] == "cut short"
-    monkeypatch.setattr(suites.importlib.util, "find_spec", lambda name: None)
-    assert row()["status"] == "unavailable"
-
-
-def test_tuning_says_why_it_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "MODULE", "json.no_such_module")
-    assert tuning.tune(tmp_path, 100.0, {}, False)["status"] == "unavailable"
-    monkeypatch.setattr(tuning, "MODULE", "json.tool")
-    assert tuning.tune(tmp_path, 1.0, {}, False)["status"] == "skipped"
-    assert tuning.tune(tmp_path, 100.0, {}, True)["status"] == "skipped"
-    monkeypatch.setattr(tuning, "LEAST_S", 0.0)
-    monkeypatch.setattr(tuning, "MODULE", "this")
-    row = tuning.tune(tmp_path, 20.0, {}, False)
-    assert row["status"] == "ok" and "Zen" in (tmp_path / "tuning.txt").read_text()

@@ -18,13 +18,19 @@ def main(folder: Path) -> None:
     world = distributed.start("cpu")
     config = BeitConfig(image_size=32, patch_size=8, width=16, depth=2, heads=2, vocab_size=8)
     model = BeitForMim(config, seed=0)
-    mesh = distributed.make_mesh(world, "zero2")
-    distributed.shard_model(model, mesh, mode="zero2", precision="fp32")
+    placement = distributed.place_model(model, world, mode="zero2", precision="fp32")
     optimizer = build_optimizer(model, OptimizerConfig())
     generator = torch.Generator().manual_seed(world.rank)
     targets = torch.randint(0, 8, (4, 5), generator=generator)
     runner = TrainStep(
-        model, optimizer, lambda batch: targets, world, slots=40, clip_norm=3.0, copies=1
+        model,
+        optimizer,
+        lambda batch: targets,
+        world,
+        slots=40,
+        clip_norm=3.0,
+        copies=placement.copies,
+        weights=placement.weights,
     )
     positions = torch.tensor([[0, 3, 5, 9, -1]] * 4, dtype=torch.int32)
     record = {"skipped": [], "moved": [], "optimizer_steps": []}

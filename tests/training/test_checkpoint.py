@@ -25,10 +25,12 @@ from fastbeit.training.checkpoint import (
 TINY = BeitConfig(image_size=32, patch_size=16, width=16, depth=2, heads=2, vocab_size=8)
 
 
-def test_what_is_saved_is_the_state_at_the_call_and_loads_into_a_sharded_model(tmp_path, world):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_saved_is_the_state_at_the_call_and_loads_again(tmp_path, world, sharded):
     model = BeitForMim(TINY, seed=1)
-    mesh = distributed.make_mesh(world, "zero2")
-    distributed.shard_model(model, mesh, mode="zero2", precision="fp32")
+    if sharded:
+        mesh = distributed.make_mesh(world, "zero2")
+        distributed.shard_model(model, mesh, mode="zero2", precision="fp32")
     before = distributed.full_state(model)
     saver = Checkpointer(tmp_path, world, keep=2)
     saver.save(7, model.state_dict(), {"note": "x"})

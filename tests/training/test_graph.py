@@ -127,9 +127,7 @@ def train(world, precision: str, accumulation: int, *, graphed: bool, poison: in
     step = TrainStep(
         model,
         optimizer,
-        lambda batch: (
-            (batch.token_images.sum((1, 2, 3)).long() % 20)[:, None] + batch.positions % 4
-        ),
+        tokens_of,
         world,
         slots=6 * accumulation,
         clip_norm=0.5,
@@ -198,6 +196,22 @@ def test_a_host_sync_in_the_step_is_told_with_advice(world, graphs) -> None:
     with pytest.raises(RuntimeError, match="--cuda-graph off runs it without"):
         for number in range(WARM_UPS + 1):
             runner.run([batch_of(number, torch.float32)], 1)
+
+
+def test_too_little_memory_is_told_as_such(world, graphs, monkeypatch) -> None:
+    model = BeitForMim(CONFIG, seed=0)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    step = TrainStep(model, optimizer, tokens_of, world, slots=6, clip_norm=0.5)
+    runner = GraphedStep(step)
+    for number in range(WARM_UPS):
+        runner.run([batch_of(number, torch.float32)], 1)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "backward", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        runner.run([batch_of(0, torch.float32)], 1)
 
 
 def test_who_gets_graphs_and_why(world) -> None:

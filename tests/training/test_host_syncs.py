@@ -1,5 +1,7 @@
 """A step reads nothing back from the device: every operator it calls is watched."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -57,7 +59,8 @@ class NoReads(TorchDispatchMode):
     ("position", "precision", "accumulation"),
     [("relative", "bf16", 2), ("absolute", "fp32", 1)],
 )
-def test_a_step_reads_nothing_back(world, position, precision, accumulation):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_step_reads_nothing_back(world, position, precision, accumulation, sharded):
     config = BeitConfig(
         image_size=28,
         patch_size=4,
@@ -69,8 +72,13 @@ def test_a_step_reads_nothing_back(world, position, precision, accumulation):
         drop_path=0.1,
     )
     model = BeitForMim(config, seed=0)
-    mesh = distributed.make_mesh(world, "zero2")
-    distributed.shard_model(model, mesh, mode="zero2", precision=precision)
+    if sharded:
+        distributed.shard_model(
+            model, distributed.make_mesh(world, "zero2"), mode="zero2", precision=precision
+        )
+        weights = nullcontext
+    else:
+        weights = distributed.place_model(model, world, mode="none", precision=precision).weights
     optimizer, tokenizer = build_optimizer(model, OptimizerConfig()), load_tokenizer("demo")
     stats, window = PositionalStats(49, 256), Window(torch.device("cpu"))
     runner = TrainStep(
@@ -80,7 +88,7 @@ def test_a_step_reads_nothing_back(world, position, precision, accumulation):
         world,
         slots=20 * accumulation,
         clip_norm=3.0,
-        copies=1,
+        weights=weights,
         observe=stats.update,
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -80,17 +80,24 @@ def test_masters_are_back_after_a_pass_and_after_an_error() -> None:
 
 def test_fp32_computes_with_the_masters_themselves() -> None:
     model = model_of()
-    seen = []
-    model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(module.weight))
+    before = dict(model.named_parameters())
     with WorkingWeights(model, torch.float32)():
-        model.features(images_of(0, torch.float32))
-    assert seen == []  # the last norm is called through the kernels
-    with WorkingWeights(model, torch.float32)():
-        assert model.norm.weight is dict(model.named_parameters())["norm.weight"]
+        assert all(p is before[name] for name, p in model.named_parameters())
+    with WorkingWeights(model, torch.bfloat16)():
+        assert not any(p is before[name] for name, p in model._parameters.items() if p is not None)
+
+
+def test_a_weight_without_a_gradient_stays_without() -> None:
+    """AdamW would decay it."""
+    model = model_of()
+    model.unused = torch.nn.Parameter(torch.ones(3))
+    with WorkingWeights(model, torch.bfloat16)():
+        model.loss(images_of(0, torch.bfloat16), POSITIONS, TARGETS).loss.backward()
+    assert model.unused.grad is None
 
 
 def test_gradients_are_handed_over_and_not_copied(monkeypatch) -> None:
-    """172 MB of ViT-B's would be written and read again."""
+    """368 MB of ViT-B's would be written and read again."""
     made: list[int] = []
     copy = torch._foreach_copy_
 

@@ -49,6 +49,17 @@ def test_checkpointing_where_the_estimate_does_not_fit() -> None:
     assert frugal._replace(activations=0) == plain._replace(activations=0)
 
 
+def test_what_runs_beside_the_step_adds_to_its_memory() -> None:
+    plain = memory()
+    beside = plain._replace(beside=True)
+    assert beside.peak - plain.peak == plain.tokenizer_activations
+    config = base_with(precision="fp32", shard="zero3")
+    sizes = {"local_size": 1, "fused_attention": True}
+    alone = rank_memory(config, DvaeConfig(), 8, world_size=1, **sizes)
+    assert alone.gathered_weights == 0  # one device computes with the masters
+    assert memory().gathered_weights == memory().master_weights // 2
+
+
 def test_every_choice_is_told_with_its_reason(world, monkeypatch) -> None:
     settled = speed.settle_speed(base_with(), DvaeConfig(), world, 2)
     assert (settled.checkpointing, settled.graph, settled.ahead) == (False, False, False)
@@ -120,7 +131,8 @@ def test_a_feed_takes_what_the_run_takes_and_no_more(ahead) -> None:
         assert loader.given == min(2 * (step + 1) + ahead, 6)
     assert seen == [2, 4, 6, 8, 10, 12]
     assert list(feed.take(3, 2)) == [] and loader.given == 6
-    assert watch.said[:2] == [(0, "loading"), (0, "computing")] and watch.said[-1][0] == 2
+    assert watch.said[:3] == [(0, "computing"), (0, "loading"), (0, "computing")]
+    assert (2, "computing") in watch.said  # also where the last step's batches are there already
     assert 0.0 < feed.read_waited_s() < 1.0 and feed.read_waited_s() == 0.0
     feed.close()
     assert loader.closed

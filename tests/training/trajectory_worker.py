@@ -51,8 +51,7 @@ def main(out: Path, accumulation: int) -> None:
     model.load_state_dict(
         native({k.removeprefix("weights."): v for k, v in data.items() if k.startswith("weights.")})
     )
-    mesh = distributed.make_mesh(world, "zero2")
-    distributed.shard_model(model, mesh, mode="zero2", precision="fp32")
+    placement = distributed.place_model(model, world, mode="zero2", precision="fp32")
     optimizer = build_optimizer(
         model, OptimizerConfig(weight_decay=float(meta["weight_decay"]), betas=(0.9, 0.999))
     )
@@ -70,7 +69,8 @@ def main(out: Path, accumulation: int) -> None:
         world,
         slots=batch_size * slots,
         clip_norm=float(meta["clip"]),
-        copies=1,
+        copies=placement.copies,
+        weights=placement.weights,
     )
     errors: dict[str, list[float]] = {"loss": [], "grad_norm": []}
     total = int(meta["steps"])
