@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -25,9 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def without_places(text: str) -> str:
-    """Results are published: the checkout, the home folder and the folder for temporary files of
-    whoever ran them go unnamed."""
+    """Results are published: the checkout, Python's folder, the home folder and the one for
+    temporary files of whoever ran them go unnamed."""
     text = text.replace(str(ROOT), ".")
+    for prefix in {sys.prefix, sys.base_prefix}:
+        if len(prefix) > len("/usr"):
+            text = text.replace(prefix, "$PYTHON")
     home = os.path.expanduser("~")
     text = text.replace(home, "~") if len(home) > 1 else text
     return text.replace(tempfile.gettempdir(), "$TMPDIR")

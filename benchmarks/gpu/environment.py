@@ -67,9 +67,18 @@ def of_host(command: list[str], dry: bool) -> Row:
         "cuda_of_torch": torch.version.cuda,
         "commit": commit(),
         "source_sha256": source_hash(),
-        "variables": {k: v for k, v in os.environ.items() if k.startswith(prefixes)},
+        "variables": {
+            name: _last_part(value)
+            for name, value in os.environ.items()
+            if name.startswith(prefixes)
+        },
         "nvidia_smi": nvidia_smi(),
     }
+
+
+def _last_part(value: str) -> str:
+    """A folder by its last name: which one it is on this machine is nobody's business."""
+    return ".../" + value.rstrip("/").rsplit("/", 1)[-1] if value.startswith("/") else value
 
 
 def version_of(package: str) -> str | None:

@@ -7,6 +7,7 @@ not come to when their time was up is missing, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -23,6 +24,7 @@ Row = dict[str, Any]
 FILES = ("test_step.py", "test_tokenizer.py", "test_loader.py", "test_pretrain.py", "test_model.py")
 """In order of worth."""
 LEAST_S = 20.0
+ENDING_S = 8.0
 TINY = {"FASTBEIT_BENCH_TINY": "1"}
 
 
@@ -59,8 +61,12 @@ def run_suites(
             start_new_session=True,
         )
         try:
-            code = process.wait(seconds)
+            code = process.wait(max(seconds - ENDING_S, 0.1))
         except subprocess.TimeoutExpired:
+            # Asked to stop, pytest writes the summary of what there is.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_S)
             reason = f"stopped after {seconds:.0f} s; its rows until then are in {NESTED}/"
             return {**row, "status": "cut short", "reason": reason}
         finally:

@@ -100,7 +100,9 @@ def options_of(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def step_rate_of(run_dir: Path) -> float:
-    """Images per second and rank of a run: the median of its log, the first line left out.
+    """Images per second and rank of a run's step: the median of its log, the first line left out.
+
+    Waiting for data is taken out: a run that waits would make the step as slow as its loader.
 
     Raises:
         ValueError: no log, or no checkpoint that says how many ranks there were.
@@ -108,7 +110,11 @@ def step_rate_of(run_dir: Path) -> float:
     path = run_dir / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"--tune-run {run_dir} holds no {METRICS_FILE}: give the folder of a run")
-    rates = [line["images_per_s"] for line in read_metrics(path) if line.get("images_per_s")]
+    rates = [
+        line["images_per_s"] / (1.0 - min(line.get("data_wait_share") or 0.0, 0.99))
+        for line in read_metrics(path)
+        if line.get("images_per_s")
+    ]
     saved = checkpoint.find_latest(run_dir / "checkpoints")
     if not rates or saved is None:
         raise ValueError(

@@ -122,6 +122,9 @@ PROTOCOLS = (
 )
 
 
+COUNTS = ("gpus_per_node", "nics_per_node")
+
+
 def load_assumptions(path: Path | None) -> Assumptions:
     """The defaults, with what the JSON file ``path`` gives in their place.
 
@@ -144,6 +147,8 @@ def load_assumptions(path: Path | None) -> Assumptions:
         least = 0.0 if name == "overlap_slowdown" else math.ulp(0.0)
         if not number or not least <= value < math.inf:
             raise ValueError(f"{path}: {name} must be a positive number, got {json.dumps(value)}")
+        if name in COUNTS and (value != int(value) or value < 1):
+            raise ValueError(f"{path}: {name} must be a whole number, got {json.dumps(value)}")
     return replace(Assumptions(), **given)
 
 

@@ -125,6 +125,9 @@ def test_a_runs_rate_a_rank(tmp_path: Path) -> None:
     (saved / ".metadata").touch()
     (tmp_path / "checkpoints" / "latest").write_text(saved.name)
     assert tune.step_rate_of(tmp_path) == 85 / 5  # the first line, with its start-up, is left out
+    waiting = [{**line, "data_wait_share": 0.75} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in waiting))
+    assert tune.step_rate_of(tmp_path) == 4 * 85 / 5  # what the step alone would do
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl"):
         tune.step_rate_of(tmp_path / "checkpoints")
 

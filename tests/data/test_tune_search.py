@@ -77,6 +77,27 @@ def test_when_the_time_is_over_what_was_measured_counts(monkeypatch: pytest.Monk
     assert alone.run(Axes(START, (1,), (1,))) == START and len(alone.rates[START]) == 2
 
 
+def test_a_slow_loader_leaves_the_others_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(tune_search.time, "monotonic", lambda: now[0])
+
+    def measure(setting: Setting) -> float:
+        now[0] += 100
+        return 5.0 if setting.loader == "dali" else 80.0
+
+    search = Search(measure, rounds=2, ends_s=50.0)
+    other = replace(START, loader="reference", hw_decoder_load=None)
+    ends = [search.run(AXES), search.run(Axes(other, (1, 2), (1, 2)))]
+    assert search.rates == {START: [5.0], other: [80.0]} and search.cut_short
+    assert search.duel(ends) == other
+
+
+def test_a_search_is_not_ended_by_the_one_before_it() -> None:
+    search = Search(hill, rounds=1, ends_s=FOREVER, cut_short=True)
+    assert search.run(AXES) == replace(START, workers=4, prefetch=2, hw_decoder_load=0.8)
+    assert search.cut_short  # still told
+
+
 def test_counts_and_flags() -> None:
     assert [counts_up_to(most) for most in (0, 1, 2, 6, 16)] == [
         [],
