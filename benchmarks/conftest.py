@@ -1,16 +1,20 @@
 """`benchmarks` is not installed: the checkout has to be on the path, however pytest began.
 
-``--record`` keeps what a run measures (see `benchmarks.recorder`).
+``--record`` keeps what a run measures (see `benchmarks.recorder`). What holds for every benchmark of
+a session is here: exact fp32, a deadline, a compiler that forgets what others compiled.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+BEGAN_S = time.monotonic()
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
@@ -39,6 +43,37 @@ def pytest_configure(config: pytest.Config) -> None:
 
         check_options(config, out)
         config.pluginmanager.register(Recorder(config, out), "benchmarks.recorder")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """A row that doesn't fit says so, and costs no other."""
+    import torch
+
+    from benchmarks.suite import missing
+
+    try:
+        return (yield)
+    except torch.OutOfMemoryError:
+        pass  # left, so that what it refers to is let go of
+    missing("the device's memory is too small")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deadline() -> None:
+    from benchmarks.suite import begin_session
+
+    begin_session(BEGAN_S)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """As if a benchmark were the first one."""
+    from benchmarks import suite
+
+    suite.free_memory()
+    with suite.begin_compiling():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

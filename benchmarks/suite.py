@@ -9,6 +9,8 @@ part and sizes whose path is "reference" (of the same dtype where there are seve
 the regression check compare with that. A peer that can't run here is ``missing(reason)``.
 `benchmarks.recorder` writes the rows; pytest-benchmark's own JSON has the same in ``extra_info``.
 Suites that the report draws by name: "loader", "step", "levers", "batch sizes", "step parts".
+``benchmarks/conftest.py`` sets what holds for a session: its deadline, the compiler's limits, and
+that a row whose tensors don't fit is missing.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import ctypes
 import functools
 import gc
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,14 +34,87 @@ import torch
 from benchmarks.ceilings import ceiling
 from benchmarks.gpu.environment import commit, version_of
 from benchmarks.roofline import Work
+from fastbeit import environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUND_S = 0.02
 """A sample repeats a quick call until it lasts this long: below, the clock is what's timed."""
 QUICK_ROUNDS = 11
 """Samples of a quick call at least: they take a quarter of a second, and settle the median."""
+GPU_SAMPLED_S = 0.5
+"""What the samples of a call that was warmed up take together at least, on a GPU."""
+WARM_UPS = 0 if DEVICE == "cpu" else 2
+"""Of a model's calls: on a CPU the check is enough, and another takes seconds."""
+COMPILES = DEVICE == "cuda" or environment.cpu_bf16() is not None
+NOT_COMPILED = (
+    "compiling takes a minute and gains nothing in fp32 on a CPU without bf16 products "
+    "(docs/decisions/0009-cpu-step.md)"
+)
+RECOMPILES = 64
+"""Graphs that a function may have; by default it runs eagerly beyond the eighth, without a word."""
+MINUTES_VARIABLE = "FASTBEIT_BENCH_MINUTES"
+MINUTES = {"cpu": 8.0, "cuda": 9.0}
+"""After which a session begins no other benchmark, unless the environment variable says otherwise:
+the whole run is to take ten."""
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Session:
+    """``deadline_s``: by ``time.monotonic``, when no other benchmark is begun."""
+
+    deadline_s: float = math.inf
+
+
+SESSION = Session()
+
+
+def begin_session(began_s: float) -> None:
+    """Set the deadline of a session that began at ``began_s``.
+
+    Raises:
+        ValueError: the environment variable is no number of minutes.
+    """
+    given = os.environ.get(MINUTES_VARIABLE, "")
+    try:
+        minutes = float(given) if given else MINUTES[DEVICE]
+    except ValueError:
+        minutes = math.nan
+    if not minutes > 0:
+        raise ValueError(f"{MINUTES_VARIABLE} must be a number of minutes above 0, got {given!r}")
+    SESSION.deadline_s = began_s + 60 * minutes
+
+
+def name_row(benchmark: Any, about: dict[str, Any], sizes: dict[str, Any]) -> None:
+    """What tells the row apart, said before anything can go wrong: a missing row has it too.
+    ``missing`` where the session's time is up."""
+    benchmark.extra_info.update(about, sizes=sizes)
+    if not benchmark.disabled and time.monotonic() > SESSION.deadline_s:
+        missing(f"out of time ({MINUTES_VARIABLE} gives a session more)")
+
+
+def begin_compiling() -> AbstractContextManager[None]:
+    """Nothing compiled before is kept, and what is compiled too often fails.
+
+    A function's graphs are limited, and all tests share the functions: rows of later tests would be
+    eager ones by the name of compiled ones.
+    """
+    if not COMPILES and "torch._dynamo" not in sys.modules:
+        return nullcontext()  # its import takes seconds
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    return torch._dynamo.config.patch(
+        recompile_limit=RECOMPILES, fail_on_recompile_limit_hit=True
+    )
+
+
+def free_memory() -> None:
+    """Give back what tests before kept of the device's."""
+    if DEVICE == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def measure(
@@ -47,6 +125,7 @@ def measure(
     part: str,
     path: str,
     check: Callable[[], None] | None = None,
+    check_watched: Callable[[], None] | None = None,
     images: int = 0,
     work: Work | None = None,
     dtype: str = "float32",
@@ -61,25 +140,33 @@ def measure(
         suite, part, path: what is measured, which piece of it, and by whom ("reference", "fast",
             "official style", "timm, compiled", ...).
         check: compares with the twin before anything is timed; raises AssertionError.
+        check_watched: a check that is part of the work whose peak memory is told, as a CUDA graph's
+            capture is.
         images: that one call handles; 0 where there are none.
         work: FLOPs and bytes that one call takes at least.
         dtype: of the products, by torch's name; the limit is of this dtype.
-        rounds: samples. Calls under 20 ms are repeated in a sample, and sampled 11 times at least.
+        rounds: samples. Calls under 20 ms are repeated in a sample, and sampled 11 times at least;
+            on a GPU until the samples take half a second.
         warmup: calls before the first sample. With 0, nothing is repeated.
         sizes: what else tells the row apart: batch, width, tokens, workers, ...
     """
-    about = {"suite": suite, "part": part, "path": path, "sizes": sizes, "dtype": dtype}
-    benchmark.extra_info.update(about)
+    about = {"suite": suite, "part": part, "path": path, "dtype": dtype}
+    name_row(benchmark, about, sizes)
     if check is not None:
         check()
     call = run if DEVICE == "cpu" else functools.partial(_finished, run)
     if benchmark.disabled:  # the code is tried, nothing is measured
+        if check_watched is not None:
+            check_watched()
         benchmark.pedantic(call)
         return
     limit = None if work is None else ceiling(DEVICE, dtype)
     before = start_peak()
-    calls = _warm_up(call, warmup)
-    rounds = rounds if calls == 1 else max(rounds, QUICK_ROUNDS)
+    if check_watched is not None:
+        check_watched()
+    taken_s = _warm_up(call, warmup)
+    calls = _calls(taken_s)
+    rounds = _rounds(rounds, calls, taken_s)
     benchmark.pedantic(call, rounds=rounds, iterations=calls)
     peak_bytes = end_peak(before)
     median_s = benchmark.stats.stats.median
@@ -114,16 +201,31 @@ def _finished(run: Callable[[], object]) -> None:
     torch.cuda.synchronize()
 
 
-def _warm_up(call: Callable[[], object], times: int) -> int:
-    """Run it ``times`` times; how many calls a sample needs, by the quickest."""
+def _warm_up(call: Callable[[], object], times: int) -> list[float]:
+    """Run it ``times`` times, or a few more where it is quick; the seconds of each."""
     taken_s = [_seconds(call) for _ in range(times)]
     if not taken_s or taken_s[-1] > 10 * ROUND_S:
-        return 1
+        return taken_s
     # What a first call sets up can be most of its time: a few more tell.
     until_s = time.perf_counter() + ROUND_S
     while time.perf_counter() < until_s:
         taken_s.append(_seconds(call))
+    return taken_s
+
+
+def _calls(taken_s: list[float]) -> int:
+    """How many calls a sample needs, by the quickest."""
+    if not taken_s or taken_s[-1] > 10 * ROUND_S:
+        return 1
     return max(1, min(10_000, math.ceil(ROUND_S / max(min(taken_s), 1e-9))))
+
+
+def _rounds(asked: int, calls: int, taken_s: list[float]) -> int:
+    """How many samples."""
+    least = asked if calls == 1 else max(asked, QUICK_ROUNDS)
+    if DEVICE == "cpu" or not taken_s:
+        return least
+    return max(least, math.ceil(GPU_SAMPLED_S / (calls * max(min(taken_s), 1e-9))))
 
 
 def _seconds(call: Callable[[], object]) -> float:
