@@ -1,7 +1,7 @@
 """`benchmarks` is not installed: the checkout has to be on the path, however pytest began.
 
-``--record`` keeps what a run measures (see `benchmarks.recorder`). What holds for every benchmark of
-a session is here: exact fp32, a deadline, a compiler that forgets what others compiled.
+``--record`` keeps what a run measures (see `benchmarks.recorder`). What holds for every benchmark
+of a session is here: exact fp32, a deadline, a compiler that forgets what others compiled.
 """
 
 from __future__ import annotations

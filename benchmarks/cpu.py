@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.call import Function, results
 from benchmarks.operation import Operation, Pass
-from benchmarks.suite import DEVICE, measure, missing
+from benchmarks.suite import DEVICE, measure, missing, name_row
 
 Twins = Mapping[str, Callable[[Any], Function]]
 TOLERANCE = 1e-5
@@ -30,7 +30,7 @@ def run(
     part = f"{operation.name}, {direction}"
     about: dict[str, Any] = {"suite": "kernels", "part": part, "path": form}
     sizes["shape"] = shape.describe()
-    benchmark.extra_info.update(about, sizes=sizes)  # also of a row that is missing
+    name_row(benchmark, about, sizes)
     if DEVICE != "cpu":
         missing("on a GPU they are timed by python -m benchmarks.gpu")
     call = shape.make(dtype, 0, torch.device("cpu"))

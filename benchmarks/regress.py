@@ -2,15 +2,18 @@
 
     python -m benchmarks.regress [FRESH_FOLDER] [--against FOLDER] [--tolerance 0.15]
 
-Compared is each row's time over its reference twin's of the same run, never seconds: another load,
-clock or neighbour meets both alike. FRESH_FOLDER is the newest in benchmarks/results/ unless given;
-the other is the last one before it there, whole, of the same CPU or GPU, cores and threads.
+Compared is each row's time over its reference twin's of the same run, never seconds: what holds for
+a whole run (another clock, a busy neighbour) meets both. Not alike, for they lie up to minutes
+apart: where the reference was measured once more behind its twins, its drift widens the errors (see
+`benchmarks.suite_rows`), and elsewhere a drift can look like a change. FRESH_FOLDER is the newest
+in benchmarks/results/ unless given; the other is the last one before it there, whole, of the same
+CPU or GPU, cores and threads.
 
 A ratio of two ratios counts as a regression where it is above 1 + tolerance by more than twice its
 standard error, which follows from the spreads of the four medians in it, each at least what is
-usual in its suite. So a noisy row can hide something: the table marks rows whose error alone
-reaches the tolerance. A slower reference is not seen, and makes the others look better: it is the
-yardstick.
+usual in its suite, and from that drift. So a noisy row can hide something: the table marks rows
+whose error alone reaches the tolerance. A slower reference is not seen, and makes the others look
+better: it is the yardstick.
 
 Exit code: 0; 1 where a row regressed, or failed that was measured before; 2 where nothing can be
 compared.

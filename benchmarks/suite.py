@@ -50,6 +50,9 @@ NOT_COMPILED = (
     "compiling takes a minute and gains nothing in fp32 on a CPU without bf16 products "
     "(docs/decisions/0009-cpu-step.md)"
 )
+FP32_COMPILED = "on a GPU compiled rows are of the dtype of training: each compiles for long"
+NO_KERNELS = "Triton's kernels are for GPUs; on a CPU the reference runs"
+NO_TWIN = "its reference wasn't measured, so it can't be compared"
 RECOMPILES = 64
 """Graphs that a function may have; by default it runs eagerly beyond the eighth, without a word."""
 MINUTES_VARIABLE = "FASTBEIT_BENCH_MINUTES"
@@ -105,9 +108,7 @@ def begin_compiling() -> AbstractContextManager[None]:
     import torch._dynamo
 
     torch._dynamo.reset()
-    return torch._dynamo.config.patch(
-        recompile_limit=RECOMPILES, fail_on_recompile_limit_hit=True
-    )
+    return torch._dynamo.config.patch(recompile_limit=RECOMPILES, fail_on_recompile_limit_hit=True)
 
 
 def free_memory() -> None:

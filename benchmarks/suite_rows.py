@@ -4,6 +4,9 @@ A row is told apart by (suite, part, path, dtype, sizes); a repeated one replace
 twin has the same suite, part and sizes, and the path "reference". Ratios are of medians, and their
 uncertainty follows from the spread of the samples, as if these were normal. Few samples may lie
 close together by chance, so a row's spread counts as at least the median of its suite's in the run.
+Twins lie up to minutes apart, in which load and clock drift: where the reference was measured once
+more behind its twins (path "reference, again"), what its two times differ by is part of every
+ratio's error; elsewhere that drift is in no error.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from benchmarks.timing import quantile
 
 Row = dict[str, Any]
 REFERENCE = "reference"
+AGAIN = "reference, again"
+"""The path of a reference that is measured once more, behind its twins."""
 KIND = "suite"
 """``kind`` of a row; "suites" is that of an environment."""
 NESTED = "suites"
@@ -123,7 +128,20 @@ def ratio(key: Key, rows: dict[Key, Row]) -> Ratio | None:
 
 def over(row: Row, other: Row, rows: dict[Key, Row]) -> Ratio:
     """Two measured rows' times, the first over the second, of one run."""
-    return Ratio(row["ms"] / other["ms"], math.hypot(spread(row, rows), spread(other, rows)))
+    error = math.hypot(spread(row, rows), spread(other, rows), drift(row, rows))
+    return Ratio(row["ms"] / other["ms"], error)
+
+
+def drift(row: Row, rows: dict[Key, Row]) -> float:
+    """What the same work differed by at two times, relative; 0 where nothing was repeated.
+
+    Two times of one work differ by sqrt(2) of a time's own drift, and so do those of two works.
+    """
+    key = key_of(row)
+    first, again = (rows.get(key._replace(path=path)) for path in (REFERENCE, AGAIN))
+    if first is None or again is None or not first["status"] == again["status"] == "ok":
+        return 0.0
+    return abs(math.log(again["ms"] / first["ms"]))
 
 
 class SuiteRun:

@@ -26,7 +26,7 @@ from PIL import Image, ImageEnhance
 
 from benchmarks import suite
 from benchmarks.photos import Photos, make_photos
-from benchmarks.suite import DEVICE, missing
+from benchmarks.suite import DEVICE, missing, name_row
 from fastbeit.batch import MimBatch
 from fastbeit.data import BatchSchedule, MaskSpec, PlanSpec, draw_plan, make_loader, open_source
 from fastbeit.data.loader import Loader
@@ -117,11 +117,12 @@ def assert_same_work(ours: MimBatch, theirs: MimBatch) -> None:
 def time_batches(
     benchmark: Any, photos: Photos, data: str, path: str, open_path: Callable[[Source], Any]
 ) -> None:
-    """``open_path`` gives a loader, entered as a context; its first batch is compared."""
+    """``open_path`` gives a loader, entered as a context; its first batch is compared. Batches end
+    on the device, as in training: who makes them elsewhere moves them."""
     kind = photos.kind if data == "photos" else "PNG"
     about = {"suite": "loader", "part": data, "path": path, "dtype": "float32"}
     sizes = {"batch": BATCH[data], "data": kind}
-    benchmark.extra_info.update(about, sizes=sizes)  # also of a row that is missing
+    name_row(benchmark, about, sizes)
     if path.startswith("DALI") and not (found := dali()).usable:
         missing(str(found))
     if path == "DALI, mixed" and DEVICE == "cpu":
@@ -131,11 +132,11 @@ def time_batches(
 
         def check() -> None:
             with open_loader(data, source, "reference", DEVICE) as reference:
-                assert_same_work(next(loader), next(reference))
+                assert_same_work(next(loader).to(DEVICE), next(reference).to(DEVICE))
 
         suite.measure(
             benchmark,
-            lambda: next(loader),
+            lambda: next(loader).to(DEVICE),
             check=check,
             images=BATCH[data],
             rounds=3,

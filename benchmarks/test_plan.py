@@ -3,8 +3,11 @@
     pytest benchmarks/test_plan.py --benchmark-only
 
 The limit is the data path's budget: 256 images at 20 ms are 12,800 images/s from one core. The
-references draw the same for one image at a time, and shuffle a whole epoch for one batch. The
-clock is the process's CPU time: one core's work.
+references draw the same, to the bit, for one image at a time. In part "order" the reference
+shuffles a whole epoch (``torch.randperm``, as samplers do) for one batch of it, ours computes the
+batch's places in an order that is never written out. It is another order, so what is compared is
+that each names as many different samples, and none that isn't there. The clock is the process's CPU
+time: one core's work.
 """
 
 from __future__ import annotations

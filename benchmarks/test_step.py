@@ -3,8 +3,11 @@
     pytest benchmarks/test_step.py --benchmark-only
 
 All start from the same weights, images, masks and tokenizer; loss and gradient norm of the first
-step are compared with the reference student's before anything is timed. Suite "levers" goes from
-the reference step to the fast one lever by lever; "batch sizes" takes whole steps of several sizes.
+step are compared with the reference student's before anything is timed, and several steps of a
+CUDA graph with those of the same step without. "fast" has what `auto` takes, "kernels" every kernel
+of ours, shown to be ahead or not. Suite "levers" goes from the reference step to that lever by
+lever; "batch sizes" takes whole steps of several sizes. What compiles for long comes last, and the
+reference is measured once more behind its twins, which lie minutes apart.
 """
 
 from __future__ import annotations
@@ -18,23 +21,25 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers import Unavailable
-from benchmarks.steps import expected, optimizer_steps, students
-from benchmarks.steps.optimizer_steps import LEVERS, Levers, Step, best_of_others, up_to
+from benchmarks.steps import expected, optimizer_steps
+from benchmarks.steps.optimizer_steps import LEVERS, Levers, Step, up_to
 from benchmarks.steps.problem import Problem, base_for, demo, emulated
-from benchmarks.suite import DEVICE, measure, missing
-from fastbeit import environment
+from benchmarks.steps.step_paths import (
+    PEERS,
+    QUICK,
+    build_step,
+    levers_of,
+    why_not,
+    without_graph,
+)
+from benchmarks.suite import DEVICE, free_memory, measure, missing, name_row
+from benchmarks.suite_rows import AGAIN, REFERENCE
 from fastbeit.training import trace
 from fastbeit.training.distributed import World
 from fastbeit.training.graph import WARM_UPS
 
-Build = Callable[[Problem, World, torch.dtype], Step]
-DTYPES = ["float32", "bfloat16"]
-COMPILES = DEVICE == "cuda" or environment.cpu_bf16() is not None
-NOT_COMPILED = (
-    "compiling takes a minute and gains nothing in fp32 on a CPU without bf16 products "
-    "(docs/decisions/0009-cpu-step.md)"
-)
-GRAPH_ALONE = "CUDA graphs are captured on a GPU"
+FIRST, SECOND = ("float32", "bfloat16") if DEVICE == "cpu" else ("bfloat16", "float32")
+"""On a GPU the dtype of training first: a run may be cut short."""
 
 
 @pytest.fixture(scope="module")
@@ -43,80 +48,26 @@ def world() -> Iterator[World]:
         yield found
 
 
-def why_not(lever: str) -> str | None:
-    """Why a lever can't be pulled, or is none, on this machine."""
-    on_gpus = "Triton's kernels are for GPUs; on a CPU the reference runs"
-    reasons = {
-        "half_tokenizer": "the student is in fp32 on a CPU, as its tokenizer",
-        "attention": on_gpus,
-        "kernels": on_gpus,
-        "compiled": None if COMPILES else NOT_COMPILED,
-        "graph": GRAPH_ALONE,
-    }
-    return reasons.get(lever) if DEVICE == "cpu" else None
+SAME_STEP = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+"""Relative: a replay runs the kernels of the eager step, whose atomic sums have no order."""
+COMPARED = WARM_UPS + 3
+"""Steps of a graph that are compared: three of them are replays."""
 
 
-def all_levers() -> Levers:
-    """Every lever that this machine has, but kernels only as far as `auto` takes them."""
-    pulled = [name for name in LEVERS if why_not(name) is None]
-    named = dict.fromkeys(("attention", "kernels"), False)
-    return replace(Levers(), **(dict.fromkeys(pulled, True) | named), auto=True)
+def taken(step: Step, count: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of the next steps."""
+    return [(loss.item(), norm.item()) for loss, norm in (step() for _ in range(count))]
 
 
-def fast(problem: Problem, world: World, dtype: torch.dtype) -> Step:
-    return optimizer_steps.ours(problem, world, dtype, all_levers())
-
-
-def without_graph(
-    problem: Problem, world: World, levers: Levers
-) -> Callable[[torch.dtype], Step] | None:
-    """Builds the eager twin of a step with a CUDA graph; None where it has none."""
-    if not levers.graph:
-        return None
-    return lambda dtype: optimizer_steps.ours(problem, world, dtype, replace(levers, graph=False))
-
-
-def reference(problem: Problem, world: World, dtype: torch.dtype) -> Step:
-    return optimizer_steps.ours(problem, world, dtype, Levers())
-
-
-def official_style(problem: Problem, world: World, dtype: torch.dtype) -> Step:
-    student = students.official_style(problem, world.device, dtype)
-    return optimizer_steps.official_style(problem, student, world.device)
-
-
-def transformers(problem: Problem, world: World, dtype: torch.dtype) -> Step:
-    student = students.transformers(problem, world.device, dtype)
-    if COMPILES:
-        student.module.compile()
-    return best_of_others(problem, student, world.device, dtype)
-
-
-def timm(problem: Problem, world: World, dtype: torch.dtype) -> Step:
-    if not COMPILES:
-        missing(NOT_COMPILED)
-    student = students.timm_compiled(problem, world.device, dtype)
-    return best_of_others(problem, student, world.device, dtype)
-
-
-PATHS: dict[str, Build] = {
-    "reference": reference,
-    "fast": fast,
-    "official style": official_style,
-    "transformers, sdpa": transformers,
-    "timm, compiled": timm,
-}
-
-
-def assert_replay(step: Step, eager: Step, dtype: torch.dtype) -> None:
-    """A step that was called once finds, when it is replayed first, what an eager one does."""
-    for _ in range(WARM_UPS):
-        found = step()
-    for _ in range(WARM_UPS + 1):
-        wanted = eager()
-    for ours, theirs in zip(found, wanted, strict=True):
-        gap = abs(ours.item() / theirs.item() - 1)
-        assert gap <= expected.TOLERANCES[dtype], f"a replay is {gap:.1e} off"
+def assert_same_steps(
+    found: list[tuple[float, float]], wanted: list[tuple[float, float]], dtype: torch.dtype
+) -> None:
+    """Every loss and every norm."""
+    for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True), start=1):
+        gap = max(abs(one / other - 1) for one, other in zip(ours, theirs, strict=True))
+        assert gap <= SAME_STEP[dtype], (
+            f"step {place} of those compared: {ours} with a graph, {theirs} without, {gap:.1e} off"
+        )
 
 
 def assert_first_step(step: Step, problem: Problem, dtype: torch.dtype) -> None:
@@ -147,31 +98,32 @@ def time_step(
     ``eager``: builds the same without a CUDA graph, to compare a replay with; None where there is
     no graph.
     """
-    about = {"suite": suite, "part": part, "path": path, "sizes": problem.sizes, "dtype": dtype}
-    benchmark.extra_info.update(about)  # also of a row that is missing
+    about = {"suite": suite, "part": part, "path": path, "dtype": dtype}
+    name_row(benchmark, about, problem.sizes)
     precision = getattr(torch, dtype)
     if (reason := emulated(DEVICE, precision)) is not None:
         missing(reason)
+    wanted: list[tuple[float, float]] = []
+    if eager is not None:  # and let go of: the two at once may not fit
+        wanted = taken(eager(precision), COMPARED)
+        free_memory()
     try:
         step = build(precision)
     except Unavailable as error:
         missing(str(error))
 
-    def check() -> None:
-        assert_first_step(step, problem, precision)
-        if eager is not None:
-            assert_replay(step, eager(precision), precision)
+    def replays() -> None:
+        """From the second step on; the capture is among them, and its memory is the step's."""
+        assert_same_steps(taken(step, COMPARED - 1), wanted[1:], precision)
 
     measure(
         benchmark,
         step,
-        suite=suite,
-        part=part,
-        path=path,
-        check=check,
+        **about,
+        check=lambda: assert_first_step(step, problem, precision),
+        check_watched=replays if eager is not None else None,
         images=problem.batch,
-        work=problem.step_work(),
-        dtype=dtype,
+        work=problem.step_work(precision),
         rounds=rounds,
         warmup=warmup,
         **problem.sizes,
@@ -179,32 +131,44 @@ def time_step(
     return step
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", PATHS)
-def test_step(benchmark: Any, world: World, path: str, dtype: str) -> None:
-    """Tokens, forward, backward, clip, AdamW."""
-    problem = base_for(DEVICE)
+def time_path(
+    benchmark: Any, world: World, problem: Problem, path: str, dtype: str, suite: str, **more: int
+) -> None:
+    """A path by its name. The kernels' row says why where there are none."""
+    levers = None if DEVICE == "cpu" else levers_of(path)
     time_step(
         benchmark,
-        lambda precision: PATHS[path](problem, world, precision),
+        lambda precision: build_step(path, problem, world, precision),
         problem,
         dtype=dtype,
-        warmup=0 if DEVICE == "cpu" else optimizer_steps.warm_ups(all_levers()),
-        suite="step",
+        suite=suite,
         part="optimizer step",
         path=path,
-        eager=without_graph(problem, world, all_levers()) if path == "fast" else None,
+        eager=without_graph(problem, world, levers),
+        **more,
     )
 
 
-@pytest.mark.parametrize("lever", ["reference", *LEVERS])
+@pytest.mark.parametrize("dtype", [FIRST])
+@pytest.mark.parametrize("path", [*QUICK, AGAIN])
+def test_step(benchmark: Any, world: World, path: str, dtype: str) -> None:
+    """Tokens, forward, backward, clip, AdamW."""
+    time_path(benchmark, world, base_for(DEVICE), path, dtype, "step", warmup=warm_ups(path))
+
+
+def warm_ups(path: str) -> int:
+    """Of a whole step of ViT-B. On a CPU the checked one is enough."""
+    return 0 if DEVICE == "cpu" else optimizer_steps.warm_ups(levers_of(path) or Levers())
+
+
+@pytest.mark.parametrize("lever", [REFERENCE, *LEVERS, AGAIN])
 def test_levers(benchmark: Any, world: World, lever: str) -> None:
     """One lever after another stays pulled; first and last also under the profiler, by parts."""
     problem = base_for(DEVICE)
-    levers = Levers() if lever == "reference" else up_to(lever)
+    levers = up_to(lever) if lever in LEVERS else Levers()
     # What a graph replays has no phase that a profiler could count it to.
     had = [name for name in LEVERS if why_not(name) is None and name != "graph"]
-    reason = None if lever == "reference" else why_not(lever)
+    reason = why_not(lever)
 
     def build(dtype: torch.dtype) -> Step:
         if reason is not None:
@@ -215,14 +179,14 @@ def test_levers(benchmark: Any, world: World, lever: str) -> None:
         benchmark,
         build,
         problem,
-        dtype="float32" if DEVICE == "cpu" else "bfloat16",
+        dtype=FIRST,
         warmup=0 if DEVICE == "cpu" else optimizer_steps.warm_ups(levers),
         suite="levers",
         part="optimizer step",
         path=LEVERS.get(lever, lever),
-        eager=without_graph(problem, world, levers),
+        eager=without_graph(problem, world, levers) if reason is None else None,
     )
-    if not benchmark.disabled and lever in ("reference", had[-1]):
+    if not benchmark.disabled and lever in (REFERENCE, had[-1]):
         benchmark.extra_info["parts"] = parts_of(step)
 
 
@@ -247,18 +211,31 @@ BATCHES = (4, 16, 64) if DEVICE == "cpu" else (16, 32, 64, 128, 256)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("path", ["reference", "fast"])
+@pytest.mark.parametrize("path", [REFERENCE, "fast", "kernels"])
 def test_batch_sizes(benchmark: Any, world: World, path: str, batch: int) -> None:
     """Images a second and memory over the batch: the demo's model on a CPU, ViT-B on a GPU."""
     problem = replace(demo() if DEVICE == "cpu" else base_for(DEVICE), batch=batch)
-    time_step(
+    time_path(
         benchmark,
-        lambda precision: PATHS[path](problem, world, precision),
+        world,
         problem,
-        dtype="float32" if DEVICE == "cpu" else "bfloat16",
-        warmup=1 if DEVICE == "cpu" else optimizer_steps.warm_ups(all_levers()),
+        path,
+        FIRST,
+        "batch sizes",
+        warmup=1 if DEVICE == "cpu" else warm_ups(path),
         rounds=3 if DEVICE == "cpu" else 10,
-        suite="batch sizes",
-        part="optimizer step",
-        path=path,
     )
+
+
+@pytest.mark.parametrize("dtype", [FIRST])
+@pytest.mark.parametrize("path", PEERS)
+def test_peers(benchmark: Any, world: World, path: str, dtype: str) -> None:
+    """The step with others' students."""
+    test_step(benchmark, world, path, dtype)
+
+
+@pytest.mark.parametrize("dtype", [SECOND])
+@pytest.mark.parametrize("path", [*QUICK, *PEERS])
+def test_other_dtype(benchmark: Any, world: World, path: str, dtype: str) -> None:
+    """The step in the dtype that this machine is not trained in."""
+    test_step(benchmark, world, path, dtype)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report.drawing import BETTER, COLOURS, OTHERS, OURS, REFERENCE, WORSE, figure
-from benchmarks.suite_rows import Key, Row, SuiteRun, over
+from benchmarks.suite_rows import AGAIN, Key, Row, SuiteRun, over
 
-FAST = "fast"
+FAST, KERNELS = "fast", "kernels"
 LEVERS = "levers"
 LEAST_SHARE = 0.03
 """Of a step: a smaller part goes into its phase's "other" slice."""
@@ -52,7 +52,7 @@ def roofline(run: SuiteRun) -> Any:
     suites = list(dict.fromkeys(key.suite for key, _ in rows))
     for key, row in rows:
         colour = COLOURS[suites.index(key.suite) % len(COLOURS)]
-        filled = key.path == FAST
+        filled = key.path in (FAST, KERNELS)
         axes.plot(
             row["flops"] / row["bytes"],
             1e3 * row["tflops"],
@@ -83,9 +83,13 @@ def roofline(run: SuiteRun) -> Any:
     return picture
 
 
+def _levers(run: SuiteRun) -> list[tuple[Key, Row]]:
+    return [(key, row) for key, row in measured(run, LEVERS) if key.path != AGAIN]
+
+
 def waterfall(run: SuiteRun) -> Any:
     """Milliseconds of a step as one lever after another is switched on."""
-    rows = measured(run, LEVERS)
+    rows = _levers(run)
     times = [row["ms"] for _, row in rows]
     picture = figure(9, 0.6 * len(rows) + 1.8)
     axes = picture.add_subplot()
@@ -153,7 +157,11 @@ def pie(run: SuiteRun) -> Any:
 
 def _rates(run: SuiteRun) -> list[tuple[Key, Row]]:
     """Of loader and step; empty unless both are there."""
-    rows = [(key, row) for key, row in measured(run, "loader", "step") if row.get("images_per_s")]
+    rows = [
+        (key, row)
+        for key, row in measured(run, "loader", "step")
+        if row.get("images_per_s") and key.path != AGAIN
+    ]
     return rows if {key.suite for key, _ in rows} == {"loader", "step"} else []
 
 
@@ -234,7 +242,7 @@ PLOTS = (
         "Levers are switched on one after another and stay on; each bar is what the step's time "
         "changed by, pale where that is within the noise. Those that can't be switched here are in "
         "the table of suite *levers*, with the reason.",
-        lambda run: measured(run, LEVERS),
+        _levers,
         waterfall,
     ),
     Plot(

@@ -1,4 +1,7 @@
-"""What every contestant must find, by the reference path in fp32 on the device; computed once."""
+"""What every contestant must find, by the reference path in fp32 on the device; computed once.
+
+What is kept lies in the host's memory: on the device it would count in every later row's peak.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,11 @@ def numbers(problem: Problem, device: str) -> Expected:
     student = students.reference(problem, place, torch.float32)
     batch = problem.batch_on(place)
     with torch.no_grad():
-        logits = student.logits(batch)
+        logits = student.logits(batch).cpu()
     loss = student.both(batch, targets(problem, device))
     norm = student.gradient_norm()
     assert student.patch_weight.grad is not None
-    gradient = student.patch_weight.grad.clone()
+    gradient = student.patch_weight.grad.cpu().clone()
     return Expected(logits, loss.item(), norm.item(), gradient)
 
 
@@ -54,6 +57,7 @@ bits every product's result is rounded, a few times more in a model whose weight
 
 def off(found: Tensor, wanted: Tensor) -> float:
     """Relative error by norm."""
+    wanted = wanted.to(found.device)
     return ((found.float() - wanted).norm() / wanted.norm()).item()
 
 

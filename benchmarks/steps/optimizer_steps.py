@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.steps import official, tokenizers
 from benchmarks.steps.problem import Problem
-from benchmarks.steps.students import Student, WithoutPruning
+from benchmarks.steps.students import Student, WithoutPruning, compile_each
 from benchmarks.steps.tokenizers import Tokenize
 from fastbeit.batch import MimBatch
 from fastbeit.model import Backends, BeitForMim
@@ -102,8 +101,7 @@ def ours(problem: Problem, world: World, dtype: torch.dtype, levers: Levers) -> 
     kind = BeitForMim if levers.pruning else WithoutPruning
     model = problem.student(kind, backends).to(device)
     if levers.compiled:
-        for block in model.blocks:
-            block.compile()  # pyright: ignore[reportCallIssue]
+        compile_each(model.blocks)  # pyright: ignore[reportArgumentType]
     placement = distributed.place_model(model, world, mode="none", precision=PRECISIONS[dtype])
     optimizer = build_optimizer(model, OPTIMIZER)
     runner: TrainStep | GraphedStep = TrainStep(
@@ -180,7 +178,7 @@ def best_of_others(
 
     def step() -> tuple[Tensor, Tensor]:
         codes = tokenize(batch)
-        loss = F.cross_entropy(student.logits(batch).float(), codes[codes >= 0])
+        loss = student.loss(batch, codes)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.module.parameters(), OPTIMIZER.clip_norm)
         optimizer.step()

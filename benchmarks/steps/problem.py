@@ -96,30 +96,33 @@ class Problem:
         fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
         return self.dvae.pixel_offset + self.dvae.pixel_scale * fine
 
-    def tokenizer_work(self) -> Work:
+    def tokenizer_work(self, dtype: torch.dtype = torch.float32) -> Work:
         """Least work to encode the batch: the head on masked patches, weights and images once."""
         flops = tokenizer_flops(self.dvae, self.model.grid, self.masked).total
         height, width = self.token_side
         weights = _numbers(self.dvae)
         pixels = self.batch * self.dvae.channels * height * width
-        return Work(self.batch * flops, FLOAT_BYTES * (weights + pixels))
+        return Work(self.batch * flops, dtype.itemsize * (weights + pixels))
 
-    def forward_work(self) -> Work:
-        """Least work of the student's forward pass and loss: weights and images read once."""
+    def forward_work(self, dtype: torch.dtype = torch.float32) -> Work:
+        """Least work of the student's forward pass and loss: weights, as they are kept in fp32, and
+        images read once."""
         flops = student_flops(self.model, self.masked).forward
-        return Work(self.batch * flops, FLOAT_BYTES * (self._parameters + self._pixels))
+        moved = FLOAT_BYTES * self._parameters + dtype.itemsize * self._pixels
+        return Work(self.batch * flops, moved)
 
-    def both_work(self) -> Work:
-        """Forward and backward: weights read twice and their gradients written, images twice."""
+    def both_work(self, dtype: torch.dtype = torch.float32) -> Work:
+        """Forward and backward: weights read in fp32, then again in ``dtype``; their gradients
+        written in fp32; images read twice."""
         flops = student_flops(self.model, self.masked).total
-        moved = 3 * self._parameters + 2 * self._pixels
-        return Work(self.batch * flops, FLOAT_BYTES * moved)
+        weights = (2 * FLOAT_BYTES + dtype.itemsize) * self._parameters
+        return Work(self.batch * flops, weights + 2 * dtype.itemsize * self._pixels)
 
-    def step_work(self) -> Work:
+    def step_work(self, dtype: torch.dtype = torch.float32) -> Work:
         """A whole step: AdamW reads a weight, its gradient and moments, and writes all but the
         gradient back."""
         update = Work(0, FLOAT_BYTES * 7 * self._parameters)
-        return self.tokenizer_work() + self.both_work() + update
+        return self.tokenizer_work(dtype) + self.both_work(dtype) + update
 
     @property
     def _parameters(self) -> int:

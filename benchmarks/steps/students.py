@@ -1,19 +1,19 @@
 """Who runs the student: each with the problem's weights, forward and backward.
 
 A `Student` gives the logits of the masked patches, in raster order over the batch, and the mean
-loss. ``dtype`` below fp32: ours hold 16-bit weights but for the relative table, as FSDP2 hands them
-to the blocks in training; others run under autocast, as they are trained.
+loss. All hold fp32 weights. ``dtype`` below fp32: ours compute with copies of all but the relative
+table, made anew in every call as in training; others run under autocast, which casts the weights in
+every call too.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,9 @@ from fastbeit.batch import MimBatch
 from fastbeit.interop import save_weights
 from fastbeit.interop.weights import official_state
 from fastbeit.model import Backends, BeitForMim
+from fastbeit.training.one_device import WorkingWeights
 
-PATCH_WEIGHT = "patch_embed.proj.weight"
-"""Its gradient has passed every block."""
+MODELING = "transformers.models.beit.modeling_beit"
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Student:
     loss: Callable[[MimBatch, Tensor], Tensor]
     """Mean over the masked patches, of ``[B, M]`` targets; with a graph where recorded."""
     patch_weight: Tensor
+    """Its gradient has passed every block."""
 
     def both(self, batch: MimBatch, targets: Tensor) -> Tensor:
         """Forward and backward; gradients replace those of before."""
@@ -64,18 +65,19 @@ class WithoutPruning(BeitForMim):
 
 
 def of_fastbeit(model: BeitForMim, device: torch.device, dtype: torch.dtype) -> Student:
-    exact = None if model.rel_pos is None else copy.deepcopy(model.rel_pos.state_dict())
-    model.to(device, dtype)
-    if model.rel_pos is not None and exact is not None:
-        model.rel_pos.float().load_state_dict(exact)
+    model.to(device)
+    exact = () if model.rel_pos is None else (model.rel_pos,)
+    weights = WorkingWeights(model, dtype, exact)
 
     def logits(batch: MimBatch) -> Tensor:
         prune = not isinstance(model, WithoutPruning)
-        found = model(batch.images.to(dtype), batch.positions, prune=prune)
+        with weights():
+            found = model(batch.images.to(dtype), batch.positions, prune=prune)
         return found[batch.positions >= 0]
 
     def loss(batch: MimBatch, targets: Tensor) -> Tensor:
-        return model.loss(batch.images.to(dtype), batch.positions, targets).loss
+        with weights():
+            return model.loss(batch.images.to(dtype), batch.positions, targets).loss
 
     return Student(model, logits, loss, model.patch_embed.proj.weight)
 
@@ -91,46 +93,85 @@ def fast(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
     return of_fastbeit(problem.student(), device, dtype)
 
 
-def compiled(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
-    """The same, each block compiled, as ``--compile on`` does."""
-    student = fast(problem, device, dtype)
-    for block in student.module.blocks:  # pyright: ignore[reportGeneralTypeIssues]
-        block.compile()
-    return student
+def kernels(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
+    """What ``--kernels triton`` builds: every kernel, shown to be ahead or not."""
+    backends = Backends(kernels="triton", attention="triton")
+    return of_fastbeit(problem.student(backends=backends), device, dtype)
+
+
+def blocks_of(student: Student) -> Iterable[nn.Module]:
+    return student.module.blocks  # pyright: ignore[reportReturnType]
+
+
+def compile_each(modules: Iterable[nn.Module]) -> None:
+    """One by one: a few graphs, whatever the depth. No shape changes, so none is dynamic."""
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def compiled(build: Callable[[Problem, torch.device, torch.dtype], Student]) -> Callable[..., Any]:
+    """Ours of ``build``, each block compiled, as ``--compile on`` does."""
+
+    def both(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
+        student = build(problem, device, dtype)
+        compile_each(blocks_of(student))
+        return student
+
+    return both
 
 
 def of_others(
     problem: Problem,
     module: nn.Module,
-    forward: Callable[[Tensor, Tensor], Tensor],
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
     patch_weight: Tensor,
     dtype: torch.dtype,
 ) -> Student:
-    """``forward(images, masked map)`` gives the logits of masked patches."""
+    """``forward(images, masked map, positions)`` gives the logits ``[B, M, V]`` at positions, of
+    which empty slots are ignored: how many there are isn't waited for."""
 
-    def logits(batch: MimBatch) -> Tensor:
+    def everywhere(batch: MimBatch) -> Tensor:
         masked = masked_map(batch.positions, problem.model.patches)
         with torch.autocast(batch.images.device.type, dtype, enabled=dtype != torch.float32):
-            return forward(batch.images, masked)
+            return forward(batch.images, masked, batch.positions)
+
+    def logits(batch: MimBatch) -> Tensor:
+        return everywhere(batch)[batch.positions >= 0]
 
     def loss(batch: MimBatch, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits(batch).float(), targets[targets >= 0])
+        found = everywhere(batch).flatten(0, 1).float()
+        return F.cross_entropy(found, targets.flatten(), ignore_index=-1)
 
     return Student(module, logits, loss, patch_weight)
+
+
+def at_positions(rows_BND: Tensor, positions: Tensor) -> Tensor:
+    """``[B, M, D]``; an empty slot has the first row."""
+    index = positions.long().clamp(min=0)[..., None].expand(-1, -1, rows_BND.shape[-1])
+    return rows_BND.gather(1, index)
 
 
 def official_style(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
     model = OfficialStyle(problem.model)
     model.load_state_dict(official_state(problem.student()))
     model.to(device)
-    return of_others(problem, model, model, model.patch_embed.proj.weight, dtype)
+
+    def logits(batch: MimBatch) -> Tensor:
+        masked = masked_map(batch.positions, problem.model.patches)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model(batch.images, masked)
+
+    def loss(batch: MimBatch, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits(batch).float(), targets[targets >= 0])
+
+    return Student(model, logits, loss, model.patch_embed.proj.weight)
 
 
 def transformers(
     problem: Problem, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
 ) -> Student:
     """transformers' own masked-image BEiT, loaded from a file that fastbeit.interop wrote."""
-    module = _library("transformers", "transformers.models.beit.modeling_beit")
+    module = _library("transformers", MODELING)
     module.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_weights(problem.student(), folder, "hf")
@@ -141,11 +182,19 @@ def transformers(
         raise Unavailable(f"transformers loads other names than were written: {info}")
     model.train().to(device)
 
-    def forward(images: Tensor, masked: Tensor) -> Tensor:
-        return model(images, bool_masked_pos=masked).logits[masked]
+    def forward(images: Tensor, masked: Tensor, positions: Tensor) -> Tensor:
+        return at_positions(model(images, bool_masked_pos=masked).logits, positions)
 
     projection = model.beit.embeddings.patch_embeddings.projection
     return of_others(problem, model, forward, projection.weight, dtype)
+
+
+def transformers_compiled(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
+    """The same, its layers compiled one by one."""
+    student = transformers(problem, device, dtype)
+    kind = _library("transformers", MODELING).models.beit.modeling_beit.BeitLayer
+    compile_each(module for module in student.module.modules() if isinstance(module, kind))
+    return student
 
 
 class TimmMim(nn.Module):
@@ -157,14 +206,14 @@ class TimmMim(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, problem.model.width))
         self.lm_head = nn.Linear(problem.model.width, problem.model.vocab_size)
 
-    def forward(self, images: Tensor, masked: Tensor) -> Tensor:
+    def forward(self, images: Tensor, masked: Tensor, positions: Tensor) -> Tensor:
         body = self.body
         x = torch.where(masked[..., None], self.mask_token, body.patch_embed(images))
         x = torch.cat((body.cls_token.expand(len(x), -1, -1), x), dim=1)
         bias = body.rel_pos_bias()
         for block in body.blocks:
             x = block(x, shared_rel_pos_bias=bias)
-        return self.lm_head(body.norm(x)[:, 1:][masked])
+        return self.lm_head(at_positions(body.norm(x)[:, 1:], positions))
 
 
 def timm(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
@@ -197,10 +246,9 @@ def timm(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
 
 
 def timm_compiled(problem: Problem, device: torch.device, dtype: torch.dtype) -> Student:
-    """timm's, its blocks compiled one by one: three graphs at most, whatever the depth."""
+    """timm's, its blocks compiled one by one."""
     student = timm(problem, device, dtype)
-    for block in student.module.body.blocks:  # type: ignore[union-attr]
-        block.compile()
+    compile_each(student.module.body.blocks)  # type: ignore[union-attr]
     return student
 
 

@@ -54,6 +54,11 @@ def ours(
     return lambda batch: tokenizer.encode(batch.token_images, batch.positions)
 
 
+def kernels(problem: Problem, device: torch.device, dtype: torch.dtype) -> Tokenize:
+    """Ours by every kernel, shown to be ahead or not."""
+    return ours(problem, device, dtype, "triton")
+
+
 def equal_share(ours: Tensor, theirs: Tensor) -> float:
     """Share of equal codes among filled slots; which slots are filled must be the same."""
     filled = theirs >= 0

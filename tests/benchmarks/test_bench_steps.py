@@ -68,13 +68,20 @@ def test_masks_leave_empty_slots_and_tokens_differ() -> None:
 
 
 def test_the_table_keeps_its_precision_in_16_bits() -> None:
-    """As training has it; the other weights are rounded."""
+    """As training has it; other weights are rounded in every call, gradients aren't."""
     student = students.fast(TINY, CPU, torch.bfloat16)
-    name = "rel_pos_bias.relative_position_bias_table"
-    table = TINY.student().get_parameter(name)
-    assert torch.equal(student.module.get_parameter(name), table)
-    assert not torch.equal(table, table.bfloat16())
-    assert {p.dtype for p in student.module.parameters()} == {torch.float32, torch.bfloat16}
+    used: dict[str, torch.dtype] = {}
+
+    def look(*_: Any) -> None:
+        used.update({name: p.dtype for name, p in student.module.named_parameters()})
+
+    next(iter(students.blocks_of(student))).register_forward_pre_hook(look)
+    student.both(TINY.batch_on(), expected.targets(TINY, "cpu"))
+    assert used.pop("rel_pos_bias.relative_position_bias_table") == torch.float32
+    assert set(used.values()) == {torch.bfloat16}
+    assert {p.dtype for p in student.module.parameters()} == {torch.float32}
+    assert student.patch_weight.grad is not None
+    assert student.patch_weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,7 @@ def test_wrong_gradients_are_caught(wanted: expected.Expected) -> None:
     """One that doesn't reach the first block, and a loss over other targets."""
     codes, batch = expected.targets(TINY, "cpu"), TINY.batch_on()
     student = students.fast(TINY, CPU, FP32)
-    student.module.blocks[0].register_forward_hook(  # pyright: ignore[reportCallIssue]
+    next(iter(students.blocks_of(student))).register_forward_hook(
         lambda _module, _given, out: (out[0].detach().requires_grad_(), out[1])
     )
     with pytest.raises(AssertionError, match="gradient norm"):
@@ -181,6 +188,10 @@ def test_work_is_that_of_the_formulas() -> None:
     encoder = 4 * sum(p.numel() for p in TINY.encoder().parameters())
     pixels = 4 * TINY.batch_on().token_images.numel()
     assert TINY.tokenizer_work().bytes == encoder + pixels
+    half = torch.bfloat16
+    assert TINY.forward_work(half).bytes == 4 * trained + images // 2
+    assert TINY.both_work(half).bytes == 10 * trained + images
+    assert TINY.tokenizer_work(half).bytes == (encoder + pixels) // 2
     updated = TINY.tokenizer_work() + TINY.both_work() + Work(0, 28 * trained)
     assert TINY.step_work() == updated
 
