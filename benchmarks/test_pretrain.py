@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.photos import make_photos
 from benchmarks.roofline import Work
@@ -130,7 +131,7 @@ def test_demo(
         part="demo",
         path=path,
         images=steps * problem.batch,
-        work=runs.times(problem.step_work(), steps),
+        work=runs.times(problem.step_work(getattr(torch, DTYPE)), steps),
         rounds=2,
         batch=problem.batch,
         steps=steps,
@@ -165,7 +166,7 @@ def test_base(
         part="BEiT-B",
         path=path,
         images=steps * problem.batch,
-        work=runs.times(problem.step_work(), steps),
+        work=runs.times(problem.step_work(getattr(torch, DTYPE)), steps),
         rounds=1 if DEVICE == "cpu" else 2,
         batch=problem.batch,
         steps=steps,
