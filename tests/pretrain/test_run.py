@@ -67,7 +67,7 @@ def test_other_data_than_the_checkpoints_are_refused(run):
     [
         (["--data=/nonexistent/folder"], "/nonexistent/folder"),
         (["--model.vocab-size=100"], "--model.vocab-size 256"),
-        (["--global-batch=128"], "holds 70 samples"),
+        (["--global-batch=128"], "70 images do not fill one global batch of 128"),
         (["--device=cuda"], "sees no CUDA GPU"),
         (["--optimizer=apex"], "--optimizer adamw"),
     ],
