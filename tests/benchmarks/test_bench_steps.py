@@ -59,6 +59,25 @@ def test_every_student_finds_the_same_loss_and_gradients(
         expected.assert_both(student, batch, codes, wanted, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [students.transformers_compiled, students.timm_compiled, students.compiled(students.fast)],
+)
+def test_every_block_is_compiled_and_nothing_else(
+    build: Callable[..., students.Student], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[torch.nn.Module, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **options: made.append((module, options))
+    )
+    try:
+        build(TINY, CPU, FP32)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    assert len(made) == TINY.model.depth and len({type(module) for module, _ in made}) == 1
+    assert all(options == {"dynamic": False} for _, options in made)
+
+
 def test_masks_leave_empty_slots_and_tokens_differ() -> None:
     """Or neither would be compared."""
     batch, codes = TINY.batch_on(), expected.targets(TINY, "cpu")
@@ -214,3 +233,8 @@ def test_what_would_be_emulated_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert emulated("cpu", torch.bfloat16) is None
     assert "no float16 products" in str(emulated("cpu", torch.float16))
     assert emulated("cpu", torch.float32) is None and emulated("cuda", torch.bfloat16) is None
+
+
+def test_what_is_kept_lies_in_the_hosts_memory(wanted: expected.Expected) -> None:
+    """On the device it would count in the peak of every later row."""
+    assert wanted.logits.device == wanted.patch_gradient.device == CPU

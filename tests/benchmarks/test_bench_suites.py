@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ceilings, suite
+from benchmarks import ceilings, conftest, suite, test_pretrain, test_scaling
+from benchmarks.suite_rows import AGAIN, REFERENCE, Row, key_of, over
 
 
 def test_without_timing_the_code_is_tried_and_nothing_measured() -> None:
@@ -95,3 +101,140 @@ def test_ceilings_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) ->
         ceilings.ceiling("cpu", "int32")
     ceilings.product_tflops.cache_clear()
     ceilings.copy_tb_per_s.cache_clear()
+
+
+def not_disabled() -> Any:
+    return SimpleNamespace(extra_info={}, disabled=False)
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> suite.Session:
+    monkeypatch.setattr(suite, "SESSION", suite.Session())
+    return suite.SESSION
+
+
+def test_when_time_is_up_a_row_says_so(
+    session: suite.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about: dict[str, Any] = {"suite": "s", "part": "p", "path": "fast", "dtype": "float32"}
+    suite.name_row(not_disabled(), about, {})
+    monkeypatch.setenv(suite.MINUTES_VARIABLE, "0.5")
+    suite.begin_session(time.monotonic() - 29)
+    suite.name_row(not_disabled(), about, {})
+    suite.begin_session(time.monotonic() - 31)
+    late = not_disabled()
+    with pytest.raises(pytest.skip.Exception, match="out of time"):
+        suite.measure(late, lambda: None, **about, batch=3)
+    assert late.extra_info == {**about, "sizes": {"batch": 3}}
+    late.disabled = True  # the code is tried however long it takes
+    suite.name_row(late, about, {})
+
+
+@pytest.mark.parametrize("minutes", ["soon", "0", "-1", "nan"])
+def test_minutes_are_a_number(
+    session: suite.Session, minutes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(suite.MINUTES_VARIABLE, minutes)
+    with pytest.raises(ValueError, match=f"number of minutes above 0, got '{minutes}'"):
+        suite.begin_session(0.0)
+    assert session.deadline_s == math.inf
+
+
+def test_what_does_not_fit_is_missing() -> None:
+    run = conftest.pytest_runtest_call(item=Any)  # pyright: ignore[reportArgumentType]
+    next(run)
+    with pytest.raises(pytest.skip.Exception, match="memory is too small"):
+        run.throw(torch.OutOfMemoryError("CUDA out of memory"))
+    run = conftest.pytest_runtest_call(item=Any)  # pyright: ignore[reportArgumentType]
+    next(run)
+    with pytest.raises(RuntimeError, match="another"):
+        run.throw(RuntimeError("another"))
+
+
+def test_too_many_graphs_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    monkeypatch.setattr(suite, "RECOMPILES", 2)
+
+    @torch.compile(backend="eager", dynamic=False)
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    for _ in range(2):  # each begins anew
+        with suite.begin_compiling():
+            for size in (2, 3):
+                double(torch.ones(size))
+    with suite.begin_compiling(), pytest.raises(FailOnRecompileLimitHit):
+        for size in (2, 3, 4):
+            double(torch.ones(size))
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
+    torch._dynamo.reset()
+
+
+def test_without_a_compiler_none_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "COMPILES", False)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    with suite.begin_compiling():
+        assert "torch._dynamo" not in sys.modules
+
+
+def test_on_a_gpu_samples_take_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, step, quick in (("cpu", 2, 11), ("cuda", 20, 25)):
+        monkeypatch.setattr(suite, "DEVICE", device)
+        assert suite._rounds(2, 1, [9.0, 0.025]) == step
+        assert suite._rounds(5, 20, [0.001]) == quick
+        assert suite._rounds(2, 1, [9.0, 0.4]) == 2
+        assert suite._rounds(1, 1, []) == 1
+
+
+def test_a_capture_is_part_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(suite, "start_peak", lambda: told.append("watched"))
+    monkeypatch.setattr(suite, "end_peak", lambda _: None)
+    benchmark = not_disabled()
+    benchmark.pedantic = lambda call, **_: call()
+    benchmark.stats = SimpleNamespace(stats=SimpleNamespace(median=1.0))
+    suite.measure(
+        benchmark,
+        lambda: told.append("run"),
+        suite="s",
+        part="p",
+        path="kernels",
+        check=lambda: told.append("checked"),
+        check_watched=lambda: told.append("captured"),
+        warmup=0,
+    )
+    assert told == ["checked", "watched", "captured", "run"]
+
+
+def test_without_its_reference_nothing_is_compared_with_itself(tmp_path: Path) -> None:
+    with pytest.raises(pytest.skip.Exception, match="reference wasn't measured"):
+        test_scaling.test_scaling(not_disabled(), {}, [], tmp_path, 2, "shared")
+    with pytest.raises(pytest.skip.Exception, match="reference wasn't measured"):
+        test_pretrain.test_demo(not_disabled(), Any, {}, tmp_path, "fast")  # pyright: ignore
+
+
+def test_losses_are_held_tightly_before_rounding_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_scaling, "FIRST", 1e-3)
+    monkeypatch.setattr(test_scaling, "LATER", 1e-2)
+    test_scaling.assert_same_losses([9.005, 8.05], [9.0, 8.0])
+    for found in ([9.05, 8.0], [9.0, 8.2], [9.0]):
+        with pytest.raises(AssertionError):
+            test_scaling.assert_same_losses(found, [9.0, 8.0])
+
+
+def test_what_the_reference_drifted_by_is_in_the_error() -> None:
+    def row(path: str, ms: float, **more: Any) -> Row:
+        about = {"suite": "step", "part": "p", "path": path, "dtype": "float32"}
+        times = {"ms": ms, "p10_ms": ms, "p90_ms": ms, "n": 5, "status": "ok"}
+        return {**about, "sizes": {"batch": 2}, **times, **more}
+
+    first, fast, again = row(REFERENCE, 100.0), row("fast", 90.0), row(AGAIN, 120.0)
+    rows = {key_of(r): r for r in (first, fast)}
+    assert over(fast, first, rows) == (0.9, 0.0)
+    rows[key_of(again)] = again
+    assert over(fast, first, rows) == (0.9, pytest.approx(math.log(1.2)))
+    for other in (row(AGAIN, 120.0, status="failed"), row(AGAIN, 120.0, dtype="bfloat16")):
+        rows = {key_of(r): r for r in (first, fast, other)}
+        assert over(fast, first, rows) == (0.9, 0.0)
