@@ -196,3 +196,26 @@ def test_a_run_inside_a_gpus_folder_is_linked_where_it_lies(tmp_path: Path) -> N
 def test_figures_are_significant() -> None:
     shown = [figures(value) for value in (None, 0.1234, 1.234, 12.34, 1234.5)]
     assert shown == ["–", "0.123", "1.23", "12.3", "1,234"]
+
+
+def test_kernels_by_name_stand_beside_others_and_a_repeated_reference_beside_none(
+    tmp_path: Path,
+) -> None:
+    """Both medians have 6.2 % of error by their samples, and the reference drifted by 9.5 %."""
+    rows = [
+        row("step", "reference", 4000.0),
+        row("step", "fast", 3000.0),
+        row("step", "kernels", 2000.0),
+        row("step", "timm, compiled", 5000.0),
+        row("step", "reference, again", 4400.0),
+        row("levers", "reference", 4000.0),
+        row("levers", "pruning", 3900.0),
+        row("levers", "reference, again", 4400.0),
+    ]
+    run = SuiteRun(made(tmp_path, rows))
+    found = [line for line in suites._findings(run, "file").splitlines() if "| step: " in line]
+    assert len(found) == 2
+    assert "| fast | 3,000 | 0.75 ± 0.19 | timm, compiled 0.60 ± 0.16 |" in found[0]
+    assert "| kernels | 2,000 | 0.50 ± 0.13 | timm, compiled 0.40 ± 0.10 |" in found[1]
+    waterfall = next(plot for plot in PLOTS if plot.name == "waterfall")
+    assert [key.path for key, _ in waterfall.rows(run)] == ["reference", "pruning"]
