@@ -9,11 +9,13 @@ apart: where the reference was measured once more behind its twins, its drift wi
 in benchmarks/results/ unless given; the other is the last one before it there, whole, of the same
 CPU or GPU, cores and threads.
 
-A ratio of two ratios counts as a regression where it is above 1 + tolerance by more than twice its
-standard error, which follows from the spreads of the four medians in it, each at least what is
-usual in its suite, and from that drift. So a noisy row can hide something: the table marks rows
-whose error alone reaches the tolerance. A slower reference is not seen, and makes the others look
-better: it is the yardstick.
+A ratio of two ratios counts as a regression where it is above 1 + tolerance by more than three
+times its standard error, which follows from the spreads of the four medians in it, each at least
+what is usual in its suite, from that drift, and from how the changes of all rows scatter: most
+rows have not changed, so what they scatter by is what two runs on this machine differ by. (Two runs
+of one source on a shared virtual machine scattered by a fifth, single rows by a factor of two.) So
+a noisy machine can hide something: the table marks rows whose error alone reaches the tolerance. A
+slower reference is not seen, and makes the others look better: it is the yardstick.
 
 Exit code: 0; 1 where a row regressed, or failed that was measured before; 2 where nothing can be
 compared.
@@ -26,8 +28,9 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist, median
 
 from benchmarks.results import ROOT
 from benchmarks.suite_rows import (
@@ -42,8 +45,11 @@ from benchmarks.suite_rows import (
 )
 
 RESULTS = ROOT / "benchmarks" / "results"
-ERRORS = 2.0
-"""Standard errors beyond which a difference is no chance: one of 44 rows passes it on one side."""
+ERRORS = 3.0
+"""Standard errors beyond which a difference is no chance: of 740 rows one passes it on one side,
+and some seventy are compared."""
+LEAST_ROWS = 8
+"""Changes from which their scatter says something."""
 
 
 class NothingToCompare(ValueError):
@@ -58,6 +64,8 @@ class Change:
     before: Ratio
     now: Ratio
     tolerance: float
+    scatter: float = 0.0
+    """By which rows of the two runs differ without a cause, relative."""
 
     @property
     def value(self) -> float:
@@ -67,7 +75,7 @@ class Change:
     @property
     def error(self) -> float:
         """Relative."""
-        return math.hypot(self.now.error, self.before.error)
+        return math.hypot(self.now.error, self.before.error, self.scatter)
 
     @property
     def verdict(self) -> str:
@@ -131,7 +139,21 @@ def compare(fresh: SuiteRun, recorded: SuiteRun, tolerance: float) -> Comparison
             f"{fresh.folder.name} and {recorded.folder.name} have no row in common that was "
             "measured beside its reference twin in both"
         )
+    scatter = scatter_of([change.value for change in changes])
+    changes = [replace(change, scatter=scatter) for change in changes]
     return Comparison(changes, failed, missing, new, alone)
+
+
+def scatter_of(values: Sequence[float]) -> float:
+    """Relative standard deviation of factors, by the median distance from their median; 0 of few.
+
+    A few that changed with a cause don't move it, and a change of all at once is no scatter.
+    """
+    if len(values) < LEAST_ROWS:
+        return 0.0
+    logs = [math.log(value) for value in values]
+    middle = median(logs)
+    return median(abs(log - middle) for log in logs) / NormalDist().inv_cdf(0.75)
 
 
 def _was(key: Key, recorded: SuiteRun) -> bool:
@@ -199,8 +221,10 @@ def text(found: Comparison, fresh: SuiteRun, recorded: SuiteRun) -> str:
     lines += [f"new: {key}" for key in found.new]
     lines += [f"has no reference twin: {key}" for key in found.alone]
     slower = sum(change.verdict == "slower" for change in found.changes)
+    scatter = scatter_of([change.value for change in found.changes])
+    scattered = f", which scatter by {100 * scatter:.0f} %" if scatter else ""
     lines.append(
-        f"\n{len(found.changes)} compared: {slower} slower; {len(found.failed)} failed, "
+        f"\n{len(found.changes)} compared{scattered}: {slower} slower; {len(found.failed)} failed, "
         f"{len(found.missing)} missing, {len(found.new)} new"
     )
     return "\n".join(lines)

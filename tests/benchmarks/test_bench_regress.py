@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from benchmarks import regress
-from benchmarks.suite_rows import SuiteRun, newest_by_machine, ratio, spread, suite_rows
+from benchmarks.suite_rows import (
+    Key,
+    Ratio,
+    SuiteRun,
+    newest_by_machine,
+    ratio,
+    spread,
+    suite_rows,
+)
 
 ENVIRONMENT = {
     "kind": "suites",
@@ -116,6 +124,18 @@ def test_what_was_measured_once_is_never_a_regression(tmp_path: Path) -> None:
     found = regress.compare(SuiteRun(new), SuiteRun(old), 0.15)
     assert not found.regressed and found.changes[0].verdict == "within noise"
     assert "1.80 ± ?" in regress.text(found, SuiteRun(new), SuiteRun(old))
+
+
+def test_scatter_of_all_rows_is_no_news_of_one() -> None:
+    quiet = [0.99, 1.0, 1.01, 1.0, 0.98, 1.02, 1.0, 1.0, 1.01]
+    assert regress.scatter_of([*quiet, 1.5]) == pytest.approx(0.0148, rel=0.02)
+    # A change of all at once is no scatter, and few rows tell nothing.
+    assert regress.scatter_of([1.4 * value for value in quiet]) < 0.02
+    assert regress.scatter_of([0.5, 1.0, 2.0]) == 0.0
+    key = Key("step", "optimizer step", "fast", "float32", "{}")
+    before, now = Ratio(1.0, 0.01), Ratio(1.5, 0.01)
+    assert regress.Change(key, before, now, 0.15, scatter=0.015).verdict == "slower"
+    assert regress.Change(key, before, now, 0.15, scatter=0.2).verdict == "within noise"
 
 
 def test_the_error_is_that_of_a_median() -> None:
