@@ -107,7 +107,7 @@ def test_scaling(
     """The reference is one process, "shared" are all of them."""
     batch = processes * PROBLEM.batch
     about = {"suite": "scaling", "part": PART, "path": path, "dtype": DTYPE}
-    sizes = {"processes": processes, "batch": batch}
+    sizes: dict[str, Any] = {"processes": processes, "batch": batch}
     name_row(benchmark, about, sizes)
     if DEVICE == "cuda" and torch.cuda.device_count() < processes:
         missing(f"{processes} processes want a GPU each, and {torch.cuda.device_count()} are there")
