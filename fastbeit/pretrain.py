@@ -308,4 +308,4 @@ def train(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

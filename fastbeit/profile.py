@@ -221,4 +221,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -216,4 +216,4 @@ class _Stepper:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from fastbeit.model.positions import relative_index, relative_rows
+from fastbeit.training import distributed
 from fastbeit_kernels import attention_packed, expand_rel_pos_bias
 
 GRID, HEADS, WIDTH, BLOCKS, IMAGES = (3, 4), 2, 16, 2, 2
@@ -109,8 +110,9 @@ def main(folder: Path) -> None:
         "bias_gradient_survives_bf16": torch.equal(bias_gradient, bias_gradient.bfloat16().float()),
     }
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    distributed.leave(0)

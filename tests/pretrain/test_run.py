@@ -151,3 +151,16 @@ def test_an_error_on_one_rank_alone_is_said_and_recorded(run, tmp_path, images):
     stopped = run.finish("--steps=2", ranks=2, code=1)
     assert "error on rank 1: nothing is mounted here" in stopped.stderr
     assert run.exit["code"] == 2 and "nothing is mounted" in run.exit["reason"]
+
+
+@pytest.mark.parametrize(("flags", "code"), [((), 0), (("--global-batch=128",), 2)])
+def test_a_run_leaves_without_taking_the_interpreter_down(run, tmp_path, flags, code):
+    # gloo's threads may hold tensors beyond the last step: freeing them in a falling interpreter
+    # aborts the process. Whatever happens only there must not be reached.
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    run.extra_environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    }
+    done = run.finish("--steps=2", *flags, ranks=None, code=code)
+    assert run.exit["code"] == code
+    assert ("do not fill" in done.stderr) if code else ("report.html" in done.stdout)

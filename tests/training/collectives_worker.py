@@ -111,3 +111,4 @@ def main(out: Path, worlds: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    distributed.leave(0)

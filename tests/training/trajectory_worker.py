@@ -100,3 +100,4 @@ def main(out: Path, accumulation: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    distributed.leave(0)
