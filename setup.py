@@ -29,7 +29,8 @@ LINUX_X86_64 = 'sys_platform == "linux" and platform_machine == "x86_64"'
 DALI_CUDA13 = f"nvidia-dali-cuda130>=2.0; {LINUX_X86_64}"
 DALI_CUDA12 = f"nvidia-dali-cuda120>=2.0; {LINUX_X86_64}"
 
-BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+# The timeout of a test stands in pyproject.toml, and pytest refuses options that nobody reads.
+BENCH = ["pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.4"]
 # BEiT of others, compared with in tests. torchvision is what timm imports.
 PEERS = ["timm>=1.0.31", "torchvision>=0.28", "transformers>=5.20"]
 
@@ -47,7 +48,6 @@ EXTRAS = {
         "build>=1.3",
         "hypothesis>=6.150",
         "pyright>=1.1.400",
-        "pytest-timeout>=2.4",
         "ruff>=0.15",
         "setuptools>=77",
         "tensorboard>=2.20",

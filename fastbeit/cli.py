@@ -16,9 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
-
+from fastbeit.flags import FlagCreatePairsOff, OmitArgPrefixes, arg
 from fastbeit.recipes import DEFAULT_RECIPE, RECIPES, list_recipes, load_recipe
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.config_io import load_config
@@ -139,6 +137,8 @@ def _base(words: list[str]) -> tuple[PretrainConfig, list[str]]:
 
 
 def _parse_flags(base: PretrainConfig, flags: list[str], prog: str) -> _Line:
+    import tyro  # here: whoever trains from Python needs none
+
     description = (
         "Pre-trains BEiT (arXiv 2106.08254). RECIPE gives every value, flags change single ones; "
         f"the defaults below are those of {base.recipe}.\n\nRecipes:\n{list_recipes()}"

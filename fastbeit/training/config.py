@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Suppress, arg
-
 from fastbeit.data import MaskSpec, PlanSpec
+from fastbeit.flags import OmitArgPrefixes, Suppress, arg
 from fastbeit.model import BeitConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -24,7 +24,30 @@ rows = []
 class Events:
     row = rows.append
 tasks.run({"kind": "replay", "dtype": "float32", "dry": True}, Events)
-assert [row["status"] for row in rows] == ["skipped"] and "tyro" in rows[0]["reason"], rows
+assert [row["status"] for row in rows] == ["skipped"], rows
+assert "can't be imported" in rows[0]["reason"], rows
+"""
+    run_python("-c", code, env={"PYTHONPATH": f"{repo_root}:{repo_root / 'kernels'}"})
+
+
+def test_suites_and_training_parse_no_flags(run_python: RunPython, repo_root: Path) -> None:
+    """A GPU's machine may have torch and pytest, and nothing to install from."""
+    names = [Path(name).stem for name in suites.FILES]
+    code = f"""
+import sys
+sys.modules["tyro"] = None
+import benchmarks.recorder, fastbeit.pretrain
+from fastbeit.recipes import load_recipe
+from fastbeit.training.config_io import config_from_dict, config_to_dict
+import {", ".join(f"benchmarks.{name}" for name in names)}
+config = load_recipe("beit-base-in1k")
+assert config_from_dict(config_to_dict(config)) == config
+try:
+    fastbeit.pretrain.main(["--steps=3"])
+except ModuleNotFoundError as error:
+    assert "tyro" in str(error)
+else:
+    raise AssertionError("flags were parsed without a parser")
 """
     run_python("-c", code, env={"PYTHONPATH": f"{repo_root}:{repo_root / 'kernels'}"})
 
@@ -41,6 +64,7 @@ def test_suites_that_cannot_run_say_why(tmp_path: Path, monkeypatch: pytest.Monk
     assert row(seconds=0.2, only=("test_plan.py", "test_step.py"))["status"] == "cut short"
     monkeypatch.setattr(suites.importlib.util, "find_spec", lambda name: None)
     assert row()["status"] == "unavailable"
+    assert "pytest_benchmark" in str(row()["reason"])
 
 
 def test_tuning_says_why_it_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

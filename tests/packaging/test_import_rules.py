@@ -19,7 +19,7 @@ RunPython = Callable[..., subprocess.CompletedProcess[str]]
 # From the bottom up. A part may import itself and whatever stands in a line above its own.
 LAYERS: list[set[str]] = [
     {"fastbeit_kernels"},
-    {"fastbeit.batch", "fastbeit.hardware"},
+    {"fastbeit.batch", "fastbeit.flags", "fastbeit.hardware"},
     {"fastbeit.environment"},
     {"fastbeit.data", "fastbeit.model"},
     {"fastbeit.tokenizer", "fastbeit.interop"},
