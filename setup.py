@@ -30,7 +30,7 @@ DALI_CUDA13 = f"nvidia-dali-cuda130>=2.0; {LINUX_X86_64}"
 DALI_CUDA12 = f"nvidia-dali-cuda120>=2.0; {LINUX_X86_64}"
 
 # The timeout of a test stands in pyproject.toml, and pytest refuses options that nobody reads.
-BENCH = ["pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.4"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5.1", "pytest-timeout>=2.4"]
 # BEiT of others, compared with in tests. torchvision is what timm imports.
 PEERS = ["timm>=1.0.31", "torchvision>=0.28", "transformers>=5.20"]
 

@@ -4,10 +4,10 @@
 
 Compared is each row's time over its reference twin's of the same run, never seconds: what holds for
 a whole run (another clock, a busy neighbour) meets both. Not alike, for they lie up to minutes
-apart: where the reference was measured once more behind its twins, its drift widens the errors (see
-`benchmarks.suite_rows`), and elsewhere a drift can look like a change. FRESH_FOLDER is the newest
-in benchmarks/results/ unless given; the other is the last one before it there, whole, of the same
-CPU or GPU, cores and threads.
+apart. Where they were run in turn there is no drift between them; where the reference was measured
+once more behind its twins, its drift widens the errors (see `benchmarks.suite_rows`); elsewhere a
+drift can look like a change. FRESH_FOLDER is the newest in benchmarks/results/ unless given; the
+other is the last one before it there, whole, of the same CPU or GPU, cores and threads.
 
 A ratio of two ratios counts as a regression where it is above 1 + tolerance by more than three
 times its standard error, which follows from the spreads of the four medians in it, each at least

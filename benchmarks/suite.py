@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ import torch
 from benchmarks.ceilings import ceiling
 from benchmarks.gpu.environment import commit, version_of
 from benchmarks.roofline import Work
+from benchmarks.timing import quantile
 from fastbeit import environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +128,7 @@ def measure(
     path: str,
     check: Callable[[], None] | None = None,
     check_watched: Callable[[], None] | None = None,
+    beside: Callable[[], object] | None = None,
     images: int = 0,
     work: Work | None = None,
     dtype: str = "float32",
@@ -143,6 +145,8 @@ def measure(
         check: compares with the twin before anything is timed; raises AssertionError.
         check_watched: a check that is part of the work whose peak memory is told, as a CUDA graph's
             capture is.
+        beside: the twin's call, made after each sample and timed apart: the row then says its time
+            over that neighbour's, which drifts of the machine cancel in. For calls of seconds.
         images: that one call handles; 0 where there are none.
         work: FLOPs and bytes that one call takes at least.
         dtype: of the products, by torch's name; the limit is of this dtype.
@@ -168,8 +172,11 @@ def measure(
     taken_s = _warm_up(call, warmup)
     calls = _calls(taken_s)
     rounds = _rounds(rounds, calls, taken_s)
-    benchmark.pedantic(call, rounds=rounds, iterations=calls)
-    peak_bytes = end_peak(before)
+    if beside is None:
+        benchmark.pedantic(call, rounds=rounds, iterations=calls)
+        peak_bytes = end_peak(before)
+    else:
+        peak_bytes = _alternate(benchmark, call, beside, rounds, before)
     median_s = benchmark.stats.stats.median
     benchmark.extra_info.update(
         images=images,
@@ -200,6 +207,40 @@ def missing(reason: str) -> NoReturn:
 def _finished(run: Callable[[], object]) -> None:
     run()
     torch.cuda.synchronize()
+
+
+def _alternate(
+    benchmark: Any,
+    call: Callable[[], object],
+    beside: Callable[[], object],
+    rounds: int,
+    before: int | None,
+) -> int | None:
+    """Time one and the other in turn; the first's peak memory."""
+    peaks: list[int | None] = []
+    twin_s: list[float] = []
+
+    def turn() -> None:
+        peaks.append(end_peak(before))  # of the first sample: the twin's own memory is in the next
+        twin_s.append(_seconds(beside))
+
+    benchmark.pedantic(call, rounds=rounds, teardown=turn)
+    samples_s = benchmark.stats.stats.data
+    benchmark.extra_info["over_reference"] = describe(
+        [own_s / other_s for own_s, other_s in zip(samples_s, twin_s, strict=True)]
+    )
+    benchmark.extra_info["reference_ms"] = 1e3 * quantile(twin_s, 0.5)
+    return peaks[0]
+
+
+def describe(samples: Sequence[float]) -> dict[str, float]:
+    """Their median and deciles."""
+    return {
+        "value": quantile(samples, 0.5),
+        "p10": quantile(samples, 0.1),
+        "p90": quantile(samples, 0.9),
+        "n": len(samples),
+    }
 
 
 def _warm_up(call: Callable[[], object], times: int) -> list[float]:

@@ -4,9 +4,10 @@ A row is told apart by (suite, part, path, dtype, sizes); a repeated one replace
 twin has the same suite, part and sizes, and the path "reference". Ratios are of medians, and their
 uncertainty follows from the spread of the samples, as if these were normal. Few samples may lie
 close together by chance, so a row's spread counts as at least the median of its suite's in the run.
-Twins lie up to minutes apart, in which load and clock drift: where the reference was measured once
-more behind its twins (path "reference, again"), what its two times differ by is part of every
-ratio's error; elsewhere that drift is in no error.
+Twins lie up to minutes apart, in which load and clock drift. Where both were run in turn (field
+``over_reference``), the ratio is the median of those of neighbours, and no drift is in it. Where
+the reference was measured once more behind its twins (path "reference, again"), what its two times
+differ by is part of every ratio's error. Elsewhere that drift is in no error.
 """
 
 from __future__ import annotations
@@ -88,23 +89,54 @@ def twin(key: Key, rows: dict[Key, Row]) -> Row | None:
 
 
 def spread(row: Row, rows: dict[Key, Row]) -> float:
-    """Relative standard error of a row's median, in its run; infinite where nothing tells.
+    """Relative standard error of a row's median, in its run; infinite where nothing tells."""
+    return _median_error(_times(row), [_times(other) for other in _measured(row["suite"], rows)])
 
-    sqrt(pi / 2) sigma / sqrt(n), with the larger of the row's own sigma and its suite's.
+
+def paired(row: Row, rows: dict[Key, Row]) -> Ratio | None:
+    """Its time over the yardstick's, run in turn with it; None where they were not.
+
+    The yardstick is a reference, of one dtype for all: it has no such field itself.
     """
-    known = [_sigma(other) for other in rows.values() if _tells(other, row["suite"])]
+    if (own := _ratios(row)) is None:
+        return Ratio(1.0, 0.0) if row["path"] == REFERENCE else None
+    others = [_ratios(other) for other in _measured(row["suite"], rows)]
+    return Ratio(own.value, _median_error(own, [other for other in others if other is not None]))
+
+
+class Samples(NamedTuple):
+    """A median with its deciles."""
+
+    value: float
+    p10: float
+    p90: float
+    n: int
+
+    @property
+    def sigma(self) -> float:
+        """Relative standard deviation of a sample, by the distance of p10 and p90."""
+        return (self.p90 - self.p10) / _deciles_apart(self.n) / self.value
+
+
+def _times(row: Row) -> Samples:
+    return Samples(row["ms"], row["p10_ms"], row["p90_ms"], row["n"])
+
+
+def _ratios(row: Row) -> Samples | None:
+    found = row.get("over_reference")
+    return None if found is None else Samples(**found)
+
+
+def _measured(suite: str, rows: dict[Key, Row]) -> list[Row]:
+    return [row for row in rows.values() if row["suite"] == suite and row["status"] == "ok"]
+
+
+def _median_error(own: Samples, others: list[Samples]) -> float:
+    """sqrt(pi / 2) sigma / sqrt(n), with the larger of its own sigma and the median of all."""
+    known = [other.sigma for other in others if other.n > 1]
     typical = quantile(known, 0.5) if known else math.inf
-    sigma = max(_sigma(row), typical) if row["n"] > 1 else typical
-    return math.sqrt(math.pi / 2 / row["n"]) * sigma
-
-
-def _tells(row: Row, suite: str) -> bool:
-    return row["suite"] == suite and row["status"] == "ok" and row["n"] > 1
-
-
-def _sigma(row: Row) -> float:
-    """Relative standard deviation of a sample, by the distance of p10 and p90."""
-    return (row["p90_ms"] - row["p10_ms"]) / _deciles_apart(row["n"]) / row["ms"]
+    sigma = max(own.sigma, typical) if own.n > 1 else typical
+    return math.sqrt(math.pi / 2 / own.n) * sigma
 
 
 @functools.cache
@@ -127,7 +159,10 @@ def ratio(key: Key, rows: dict[Key, Row]) -> Ratio | None:
 
 
 def over(row: Row, other: Row, rows: dict[Key, Row]) -> Ratio:
-    """Two measured rows' times, the first over the second, of one run."""
+    """Two measured rows' times of one work, the first over the second, of one run."""
+    one, two = paired(row, rows), paired(other, rows)
+    if one is not None and two is not None:
+        return Ratio(one.value / two.value, math.hypot(one.error, two.error))
     error = math.hypot(spread(row, rows), spread(other, rows), drift(row, rows))
     return Ratio(row["ms"] / other["ms"], error)
 

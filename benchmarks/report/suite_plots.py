@@ -90,13 +90,15 @@ def _levers(run: SuiteRun) -> list[tuple[Key, Row]]:
 def waterfall(run: SuiteRun) -> Any:
     """Milliseconds of a step as one lever after another is switched on."""
     rows = _levers(run)
-    times = [row["ms"] for _, row in rows]
+    # By the ratios: what was run in turn with the reference is told by that.
+    times = [rows[0][1]["ms"] * over(row, rows[0][1], run.rows).value for _, row in rows]
     picture = figure(9, 0.6 * len(rows) + 1.8)
     axes = picture.add_subplot()
     axes.barh("reference", times[0], color=REFERENCE)
     axes.text(times[0], 0, f" {times[0]:,.0f} ms", va="center", fontsize=8)
-    for place, ((_, before), (key, row)) in enumerate(itertools.pairwise(rows), start=1):
-        was, now, changed = before["ms"], row["ms"], over(row, before, run.rows)
+    steps = zip(itertools.pairwise(rows), itertools.pairwise(times), strict=True)
+    for place, (((_, before), (key, row)), (was, now)) in enumerate(steps, start=1):
+        changed = over(row, before, run.rows)
         sure = abs(math.log(changed.value)) > 2 * changed.error
         colour = BETTER if now <= was else WORSE
         axes.barh(key.path, now - was, left=was, color=colour, alpha=1.0 if sure else 0.35)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import ceilings, conftest, suite, test_pretrain, test_scaling
-from benchmarks.suite_rows import AGAIN, REFERENCE, Row, key_of, over
+from benchmarks.suite_rows import AGAIN, REFERENCE, Row, key_of, over, ratio
 
 
 def test_without_timing_the_code_is_tried_and_nothing_measured() -> None:
@@ -238,3 +238,61 @@ def test_what_the_reference_drifted_by_is_in_the_error() -> None:
     for other in (row(AGAIN, 120.0, status="failed"), row(AGAIN, 120.0, dtype="bfloat16")):
         rows = {key_of(r): r for r in (first, fast, other)}
         assert over(fast, first, rows) == (0.9, 0.0)
+
+
+def test_what_ran_in_turn_is_compared_with_its_neighbours() -> None:
+    """Times drift by half, ratios don't; the yardstick's dtype need not be the twin's."""
+
+    def row(path: str, ms: float, ratio: float | None = None, dtype: str = "float32") -> Row:
+        about = {"suite": "step", "part": "p", "path": path, "dtype": dtype, "sizes": {}}
+        times = {"ms": ms, "p10_ms": 0.8 * ms, "p90_ms": 1.2 * ms, "n": 5, "status": "ok"}
+        if ratio is not None:
+            times["over_reference"] = {"value": ratio, "p10": ratio, "p90": ratio, "n": 5}
+        return {**about, **times}
+
+    found = [
+        row(REFERENCE, 100.0),
+        row("fast", 75.0, 0.5),
+        row("theirs", 200.0, 1.25),
+        row(REFERENCE, 70.0, 0.8, "bfloat16"),
+        row("fast", 33.0, 0.2, "bfloat16"),
+    ]
+    rows = {key_of(r): r for r in found}
+    reference, fast, theirs, _, low_fast = found
+    assert over(fast, reference, rows) == (0.5, 0.0)
+    assert over(fast, theirs, rows) == (pytest.approx(0.4), 0.0)
+    assert ratio(key_of(low_fast), rows) == (pytest.approx(0.25), 0.0)  # its twin is in bfloat16
+    assert over(low_fast, reference, rows) == (pytest.approx(0.2), 0.0)
+    # One pair of samples: its error is what is usual in the suite, and nothing says what that is.
+    alone = fast | {"over_reference": {"value": 0.5, "p10": 0.5, "p90": 0.5, "n": 1}}
+    assert math.isinf(over(alone, reference, {key_of(r): r for r in (reference, alone)}).error)
+
+
+def test_a_call_and_its_twin_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(suite, "end_peak", lambda _: told.append("peak"))
+    benchmark = not_disabled()
+    data = [2.0, 4.0, 6.0]
+    benchmark.stats = SimpleNamespace(stats=SimpleNamespace(median=4.0, data=data))
+
+    def pedantic(call: Any, rounds: int, teardown: Any) -> None:  # as pytest-benchmark's
+        for _ in range(rounds):
+            call()
+            teardown()
+
+    benchmark.pedantic = pedantic
+    monkeypatch.setattr(suite, "_seconds", lambda call: call() or 2.0)
+    about: dict[str, Any] = {"suite": "s", "part": "p", "path": "fast", "warmup": 0}
+
+    def own() -> None:
+        told.append("own")
+
+    def twin() -> None:
+        told.append("twin")
+
+    suite.measure(benchmark, own, beside=twin, rounds=3, **about)
+    assert told == ["own", "peak", "twin"] * 3
+    assert benchmark.extra_info["over_reference"] == {
+        "value": 2.0, "p10": pytest.approx(1.2), "p90": pytest.approx(2.8), "n": 3,
+    }  # fmt: skip
+    assert benchmark.extra_info["reference_ms"] == 2000.0
