@@ -16,7 +16,7 @@ from benchmarks.results import ROOT
 from benchmarks.roofline import Work
 from benchmarks.steps.problem import Problem
 from fastbeit import pretrain
-from fastbeit.recipes import beit_base_in1k, demo, smoke
+from fastbeit.recipes import beit_base_in1k, demo
 from fastbeit.tokenizer.files import save_tokenizer
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.distributed import World
@@ -61,10 +61,6 @@ def read(run_dir: Path) -> Finished:
 def demo_config(batch: int) -> PretrainConfig:
     config = demo.config()
     return replace(config, run=replace(config.run, global_batch=batch))
-
-
-def smoke_config() -> PretrainConfig:
-    return smoke.config()
 
 
 def base_config(photos: Path, tokenizer: Path, problem: Problem) -> PretrainConfig:

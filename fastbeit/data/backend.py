@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import torch
 
 BACKENDS = ("auto", "dali", "reference")
+HW_DECODER_LOAD = 0.65
+"""Share of the JPEGs for a GPU's hardware decoder: DALI's own default."""
 _INSTALL = 'pip install "fastbeit[gpu]"'
 
 

@@ -23,6 +23,7 @@ from nvidia.dali import fn as dali_fn
 from nvidia.dali import math as dali_math
 from nvidia.dali import types as dali_types
 
+from fastbeit.data.backend import HW_DECODER_LOAD
 from fastbeit.data.plan import Plan
 from fastbeit.data.views import CONTRAST, SATURATION, ViewSpec
 
@@ -40,10 +41,6 @@ _FILTERS = {
     "bicubic": types.INTERP_CUBIC,
     "lanczos": types.INTERP_LANCZOS3,
 }
-
-
-HW_DECODER_LOAD = 0.65
-"""DALI's own default."""
 
 
 def build_pipeline(

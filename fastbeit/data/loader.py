@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 
 from fastbeit.batch import MimBatch
-from fastbeit.data.backend import choose_backend
+from fastbeit.data.backend import HW_DECODER_LOAD, choose_backend
 from fastbeit.data.bad import BadSamples
 from fastbeit.data.gather import Job
 from fastbeit.data.header import DEFAULT_MAX_PIXELS
@@ -129,7 +129,7 @@ def make_loader(
     backend: Literal["auto", "dali", "reference"] = "auto",
     workers: int | None = None,
     prefetch: int = 2,
-    hw_decoder_load: float = 0.65,
+    hw_decoder_load: float = HW_DECODER_LOAD,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     token_dtype: torch.dtype = torch.float32,

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastbeit.data import MaskSpec, PlanSpec
+from fastbeit.data.backend import HW_DECODER_LOAD
+from fastbeit.data.header import DEFAULT_MAX_PIXELS
 from fastbeit.flags import OmitArgPrefixes, Suppress, arg
 from fastbeit.model import BeitConfig
 
@@ -46,7 +48,7 @@ class DataConfig:
     """Decoding processes (reference) or threads (dali) per rank; none: chosen from the cores."""
     prefetch: Annotated[int, arg(metavar="BATCHES")] = 2
     """Batches prepared ahead, per worker."""
-    hw_decoder_load: Annotated[float, arg(metavar="SHARE")] = 0.65
+    hw_decoder_load: Annotated[float, arg(metavar="SHARE")] = HW_DECODER_LOAD
     """Share of the JPEGs for the GPU's hardware decoder, where it has one (dali); the best one
     depends on GPU, workers and images: python -m fastbeit.data.tune finds it."""
     crop_scale: Annotated[tuple[float, float], arg(metavar="MIN_SHARE MAX_SHARE")] = (0.08, 1.0)
@@ -67,7 +69,7 @@ class DataConfig:
     """Per-channel standard deviation, likewise."""
     max_bad_fraction: Annotated[float, arg(metavar="SHARE")] = 0.01
     """Share of bad images (unreadable, truncated) above which the run stops and lists them."""
-    max_pixels: Annotated[int, arg(metavar="PIXELS")] = 178_956_970
+    max_pixels: Annotated[int, arg(metavar="PIXELS")] = DEFAULT_MAX_PIXELS
     """Images whose header claims more pixels are refused before decoding."""
 
 

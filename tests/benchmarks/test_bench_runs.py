@@ -16,6 +16,7 @@ from benchmarks.steps import optimizer_steps, runs
 from benchmarks.steps.clock import PartClock
 from benchmarks.steps.stores import Checkpoints, OneFile, write_rate
 from benchmarks.test_checkpoint import assert_comes_back
+from fastbeit.recipes import smoke
 from fastbeit.training.distributed import World
 
 STEP_SUITES = ("tokenizer", "model", "step", "checkpoint")
@@ -41,7 +42,7 @@ def test_the_clock_stands_still_outside() -> None:
 def test_a_run_in_this_process_ends_after_its_lines(
     world: World, tmp_path: Path, plain: bool
 ) -> None:
-    config = runs.for_timing(runs.smoke_config(), tmp_path, 3, 2, plain=plain)
+    config = runs.for_timing(smoke.config(), tmp_path, 3, 2, plain=plain)
     assert config.run.kernels == ("reference" if plain else "auto")
     began_s = time.perf_counter()
     finished = runs.run_here(config, world)
