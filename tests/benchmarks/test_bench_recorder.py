@@ -121,7 +121,8 @@ def test_a_run_says_where_it_ran_and_names_no_folder(recorded: tuple[SuiteRun, s
     run, _ = recorded
     about = run.environment
     assert about["kind"] == "suites" and run.ended and about["threads"] == 1
-    assert about["cpu"]["usable_cores"] > 0 and about["packages"]["torch"] == torch.__version__
+    assert about["cpu"]["usable_cores"] > 0
+    assert torch.__version__.startswith(about["packages"]["torch"])  # which may lack its "+cu130"
     assert about["command"][:4] == ["python", "-m", "pytest", "-p"]
     assert {"load_at_start", "load_at_end", "dirty", "commit"} <= set(about)
     assert about["whole"] is False and about["tiny"] is False and not run.complete
