@@ -36,7 +36,7 @@ def test_dry_run_from_end_to_end(run_python: RunPython, tmp_path: Path, repo_roo
     (folder,) = result_folders(tmp_path)
     environment, rows = read_environment(folder), read_rows(folder)
     assert environment["dry_run"] and environment["ceilings"]["tflops"] > 0
-    assert environment["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["packages"]["torch"])
     assert str(tmp_path) not in json.dumps(environment)
     kinds = {row["kind"] for row in rows}
     assert kinds == {
