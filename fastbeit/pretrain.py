@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         if run_dir.is_dir() and not isinstance(error, setup.InUse):
             with contextlib.suppress(OSError):
                 control.write_exit(run_dir, code, 0, str(error))
+        if distributed.several_ranks():  # leaving an NCCL group would wait for them
+            distributed.leave(code)
         return code
     finally:
         distributed.stop()

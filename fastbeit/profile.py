@@ -59,7 +59,8 @@ class Recorder:
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self.profiler = profile(activities=activities)
+        # Of one cycle; torch 2.11 warns that events of cycles before it are lost unless told so.
+        self.profiler = profile(activities=activities, acc_events=True)
         self.device = device
         self._skip = skip
         self._steps = steps
@@ -152,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if distributed.several_ranks():  # leaving an NCCL group would wait for them
+            distributed.leave(control.EXIT_USAGE)
         return control.EXIT_USAGE
     finally:
         distributed.stop()

@@ -45,7 +45,9 @@ Row = dict[str, Any]
 # Of the whole time: what correctness and the suites may take at most; the rest is for timings and,
 # last, tuning.
 CORRECTNESS_SHARE = 0.4
-SUITES_SHARE = 0.25
+SUITES_SHARE = 0.38
+# The first process imports from a cold disk and starts the driver.
+START_SILENCE_S = 150.0
 # Kept back for the verdict, the summary and the end of processes.
 LAST_S = 10.0
 
@@ -157,7 +159,8 @@ class Run:
         only = self.options.only
         self.say(f"results go to {self.folder.path}")
         simple = [
-            Task(kind, {"kind": kind, "dry": self.dry}) for kind in ("environment", "ceilings")
+            Task(kind, {"kind": kind, "dry": self.dry}, START_SILENCE_S)
+            for kind in ("environment", "ceilings")
         ]
         self.work(simple, 1, self.until)
         checks = plan.correctness_tasks(self.dry, only)
@@ -202,7 +205,9 @@ class Run:
     def finish(self) -> int:
         """Verdicts and summary of what there is; called after each stage, the last one counts."""
         self.rows = [row for row in self.rows if row["kind"] != "verdict"]
-        for row in verdicts(self.rows, self.environment.get("gpu")):
+        smi = self.environment["nvidia_smi"] or {}
+        gpu = self.environment.get("gpu") or (None if self.dry else smi.get("name"))
+        for row in verdicts(self.rows, gpu):
             self.rows.append(row)
         self.folder.write("summary.md", summary(self.environment, self.rows))
         failed = any(
@@ -211,6 +216,14 @@ class Run:
             if row["kind"] in ("correctness", "sanitizer")
         )
         return 1 if failed else 0
+
+
+def told(rows: list[Row]) -> str:
+    """The verdicts in short, one a line; everything else is in the summary's file."""
+    judged = [row for row in rows if row["kind"] == "verdict"]
+    lines = [f"{row['status']}: {row['target']}: {row['measured']}" for row in judged]
+    lines += [f"  {row['reason']}" for row in judged[:1] if row["reason"]]
+    return "\n".join(["## Targets", *lines])
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
@@ -232,6 +245,8 @@ def main(words: list[str] | None = None) -> int:
             )
             return 2
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as behind a shell's `&`
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the suites are stopped by it
     words = sys.argv[1:] if words is None else words
     # Where the folder went is no part of what was measured.
     out = None if options.out is None else str(options.out)
@@ -246,7 +261,7 @@ def main(words: list[str] | None = None) -> int:
                 run.folder.add(row)
         run.folder.close()
         run.say(f"written: {run.folder.path / 'summary.md'}")
-        print((run.folder.path / "summary.md").read_text(encoding="utf-8"))
+        print(told(run.rows))
     return code
 
 

@@ -61,7 +61,7 @@ def _kernel_times(operation: Operation, problem: Problem, device: torch.device) 
     sets = [problem.make(seed, device) for seed in range(2)]
     results(function, sets[0])
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for number in range(CALLS):
             results(function, sets[number % 2])
         torch.cuda.synchronize()

@@ -1,9 +1,10 @@
 """Which tasks a run does, in order of worth, and what becomes of one whose process is lost.
 
-Correctness goes round the operations, one case of each in turn, bf16 of all before fp16 and fp32.
-Timings: what targets are about, of every operation, beside the quick peers; the same beside those
-that compile for long; then the rest in the same way. While others wait, no operation's timings take
-more than its share (`Operation.share`) of the time for timings.
+Correctness: the few long ones about whole steps first, then round the operations, one case of each
+in turn, bf16 of all before fp16 and fp32. Timings: what targets are about, of every operation,
+beside the quick peers; other problems beside these; then all beside those that compile for long.
+While others wait, no operation's timings take more than its share (`Operation.share`) of the time
+for timings.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Row = dict[str, Any]
 
 # Seconds without a word after which a step counts as hung: compiling kernels, or autotuning.
 CHECK_SILENCE_S = 150.0  # four kernels compile before the first row, beside many others
+STEP_SILENCE_S = 200.0  # 200 steps twice, or builds and cold compiles between two rows
 KERNEL_SILENCE_S = 90.0
 AUTOTUNE_SILENCE_S = 120.0
 # What targets are about gets more samples. Of 3 s, seven contestants get 40 rounds of 10 ms.
@@ -53,7 +55,7 @@ def problems_in_turn(worth: int, only: list[str]) -> list[tuple[Operation, Probl
 
 def correctness_tasks(dry: bool, only: list[str]) -> list[Task]:
     """Each case at each precision; bf16 of all first, as training uses it."""
-    tasks = []
+    tasks = step_tasks(dry, only)
     pairs = cases_in_turn(only)
     for dtype in ("bfloat16", "float16", "float32"):
         for operation, case in pairs:
@@ -68,7 +70,6 @@ def correctness_tasks(dry: bool, only: list[str]) -> list[Task]:
                 for operation, case in pairs
                 if case.machinery
             ]
-            tasks += step_tasks(dry, only)
     return tasks
 
 
@@ -78,7 +79,7 @@ def step_tasks(dry: bool, only: list[str]) -> list[Task]:
         Task(
             f"{kind}: {case}, {dtype}",
             {"kind": kind, "case": case, "dtype": dtype, "dry": dry},
-            CHECK_SILENCE_S,
+            STEP_SILENCE_S,
             group=case,
         )
         for kind, case, dtypes in (
@@ -97,7 +98,7 @@ def _correctness(kind: str, operation: Operation, case: Case, dtype: str, dry: b
 
 
 def timing_tasks(dry: bool, only: list[str], ceiling: Row | None) -> list[Task]:
-    """By worth; within a worth quick peers before slow ones, the operations in turn."""
+    """Quick peers before slow ones; of each, by worth, the operations in turn."""
 
     def task(operation: Operation, problem: Problem, slow: bool) -> Task:
         payload = {
@@ -112,12 +113,8 @@ def timing_tasks(dry: bool, only: list[str], ceiling: Row | None) -> list[Task]:
         name = f"timing: {problem.name}{', slow peers' if slow else ''}"
         return Task(name, payload, silence_s, group=operation.name)
 
-    tasks = []
-    for worth in LIMITS:
-        chosen = problems_in_turn(worth, only)
-        tasks += [task(operation, problem, False) for operation, problem in chosen]
-        tasks += [task(operation, problem, True) for operation, problem in chosen]
-    return tasks
+    chosen = [pair for worth in LIMITS for pair in problems_in_turn(worth, only)]
+    return [task(*pair, slow) for slow in (False, True) for pair in chosen]
 
 
 def most_important(tasks: list[Task]) -> list[Task]:

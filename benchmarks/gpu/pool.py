@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+ENDING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Pool:
                 for worker in busy:
                     self._look_after(worker, queue, running)
         finally:
+            for worker in running:
+                self._kill(worker)  # all at once: a CUDA context takes seconds to go
             for worker in running:
                 self._end(worker)
 
@@ -211,7 +214,8 @@ class Pool:
 
     def _end(self, worker: _Worker) -> None:
         self._kill(worker)
-        worker.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one may hang in the driver
+            worker.process.wait(ENDING_S)
         with contextlib.suppress(OSError):
             if worker.process.stdin is not None:
                 worker.process.stdin.close()

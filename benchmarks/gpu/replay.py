@@ -25,8 +25,12 @@ if TYPE_CHECKING:  # fastbeit needs more packages than the kernels do: imported 
 
 CASE = "replayed step"
 DTYPES = ("bfloat16", "float32")
-ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
-"""Relative gap of losses and gradient norms: the rounding of another order of sums."""
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
+"""Relative gap of losses: the rounding of another order of sums, which AdamW's first steps (each
+weight moves by the rate, whatever its gradient's size) amplify. What is read at the wrong time is
+off by percents: no batch is like another."""
+NORMS_FACTOR = 10
+"""A gradient's norm is less smooth than a loss."""
 STEPS, BATCH, ACCUMULATION = 12, 16, 2
 LEARNING_RATE = 1e-4
 
@@ -133,7 +137,9 @@ def check_replay(dtype: str, device: torch.device, emit: Emit, *, shrink: bool) 
             found = numbers(problem, world, precision, way)
             # Compiled, products' epilogues are rounded elsewhere.
             allowed = ALLOWED[precision] * (10 if way.compiled else 1)
-            gap = ((found - plain).abs() / plain.abs()).max().item()
+            gaps = ((found - plain).abs() / plain.abs()).amax(0)
+            gaps[1] /= NORMS_FACTOR
+            gap = gaps.max().item()
             passed = gap <= allowed  # a NaN fails
             told = "" if passed else f"losses or norms differ by {gap:.1e}, {allowed:g} at most"
             emit(

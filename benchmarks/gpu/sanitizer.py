@@ -23,6 +23,8 @@ TOOLS = ("memcheck", "racecheck")
 SANITIZED_CASES = tuple(case.name for op in OPERATIONS for case in op.cases if case.sanitized)
 CASES_TEXT = ", ".join(SANITIZED_CASES)
 FOUND = 77
+AFTERWARDS_S = 15.0
+"""They may go on for so long when the checks beside them are done."""
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 Row = dict[str, Any]
@@ -45,6 +47,8 @@ def start(tool: str, log: Path, environment: dict[str, str]) -> subprocess.Popen
                 tool,
                 "--error-exitcode",
                 str(FOUND),
+                # Calls of libraries that fail and are handled, such as probing for a context.
+                *(("--report-api-errors", "no") if tool == "memcheck" else ()),
                 sys.executable,
                 "-c",
                 "from benchmarks.gpu.tasks import sanitizer_main; sanitizer_main()",
@@ -106,6 +110,7 @@ def run_beside(
             log = folder / f"{tool}.log"
             started.append((tool, log, start(tool, log, environment)))
         meanwhile()
+        until = min(until, time.monotonic() + AFTERWARDS_S)
         rows = []
         for tool, log, process in started:
             code = None

@@ -32,6 +32,14 @@ class Events(Protocol):
 
 def run(payload: Row, events: Events) -> None:
     """``payload["kind"]`` names the task, ``payload["dry"]`` asks for tiny shapes on the CPU."""
+    try:
+        _run(payload, events)
+    finally:
+        if not payload["dry"]:  # eight processes share the device's memory
+            torch.cuda.empty_cache()
+
+
+def _run(payload: Row, events: Events) -> None:
     dry = payload["dry"]
     device = torch.device("cpu" if dry else "cuda")
     timer: Timer = WallTimer() if dry else CudaTimer()

@@ -155,7 +155,7 @@ def _student(problem: Problem, kind: type[BeitForMim], backends: Backends) -> Be
 
 
 BASE = Problem("ViT-B", BeitConfig(drop_path=0.0), DvaeConfig(), batch=2, masked=75)
-GPU_BATCH = 64
+GPU_BATCH = 128
 TINY_VARIABLE = "FASTBEIT_BENCH_TINY"
 TINY = Problem(
     "tiny",

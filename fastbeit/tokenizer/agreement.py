@@ -136,7 +136,7 @@ def _median(values: Tensor) -> float:
 
 def _exact_logits(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     """fp32 [B * h * w, V], by PyTorch, without TF32."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         logits_BVhw = tokenizer.logits(images)
     return logits_BVhw.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -150,7 +150,7 @@ def _rows(other: Tokenizer, images: Tensor, dtype: torch.dtype, arithmetic: Arit
     """What the head reads, [B, h * w, D]."""
     if arithmetic == "device":
         return other.features(images).permute(0, 2, 3, 1).flatten(1, 2)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         features = rounded_features(other.encoder, images.float(), dtype)
     return features.permute(0, 2, 3, 1).flatten(1, 2)
 

@@ -13,6 +13,7 @@ import contextlib
 import os
 import random
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -135,9 +136,23 @@ def _cpu_group() -> dist.ProcessGroup:
 
 
 def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group.
+
+    Where an error is on its way out of one of several ranks, the process ends here, with its
+    traceback and exit code 1: the others are in a collective, and leaving an NCCL group waits for
+    them, before Python would print anything.
+    """
+    if not dist.is_initialized():
+        return
+    if isinstance(sys.exc_info()[1], Exception) and several_ranks():
+        traceback.print_exc()
+        leave(1)
+    dist.destroy_process_group()
+
+
+def several_ranks() -> bool:
+    """Whether others are there, who may be in a collective."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def leave(code: int) -> NoReturn:

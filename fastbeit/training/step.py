@@ -139,6 +139,10 @@ class TrainStep:
         return StepResult(loss_sum / filled, correct / filled, count, grad_norm, skipped.double())
 
 
+IN_FLIGHT = 2
+"""Steps that the host may be ahead of the device."""
+
+
 class Window:
     """Sums of step results since the last log line, on the device, and the non-finite streak."""
 
@@ -167,7 +171,16 @@ class Window:
         return host, event
 
     def streak_if_ready(self) -> int:
-        """Longest run of non-finite steps that the device has reported so far; never waits."""
+        """Longest run of non-finite steps that the device has reported so far.
+
+        Waits where the device is more than :data:`IN_FLIGHT` steps behind: replays of CUDA graphs
+        hardly fill its queue, which holds the host back otherwise, and what a far advanced host
+        says of its waiting for the loader means nothing.
+        """
+        if len(self._pending) > IN_FLIGHT:
+            late = self._pending[-1 - IN_FLIGHT][1]
+            if late is not None:
+                late.synchronize()
         longest = 0
         while self._pending:
             host, event = self._pending[0]

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch.autograd import DeviceType
+
 from fastbeit.training.cost import StudentFlops, TokenizerFlops
 
 PREFIX = "fastbeit: "
@@ -47,6 +49,7 @@ class Event(Protocol):
     name: str
     time_range: Any
     cpu_parent: Any
+    device_type: Any
 
     @property
     def self_cpu_time_total(self) -> float: ...
@@ -95,8 +98,9 @@ def time_by_part(events: Iterable[Event], *, on_gpu: bool) -> dict[tuple[str, st
 
     On a GPU the time is that of the kernels an operation launched; ``load`` is the host's wait all
     the same. Time of a phase in no operation (Python, the engine) is its ``other`` on a CPU.
+    The device's own events are left out: kernels count with the operation that launched them.
     """
-    events = list(events)
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     ranges = sorted(
         (event.time_range.start, event.time_range.end, event.name.removeprefix(PREFIX))
         for event in events

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastbeit.training import trace
@@ -25,6 +26,7 @@ class Made:
     device: float = 0.0
     length: float = 1.0
     cpu_parent: Any = None
+    device_type: DeviceType = DeviceType.CPU
     time_range: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ def test_a_real_trace_accounts_for_the_step() -> None:
     """The backward runs on a thread of the engine's; its work is found all the same."""
     layer = torch.nn.Linear(256, 256)
     x = torch.randn(512, 256)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         with phase("forward"):
             out = torch.nn.functional.gelu(layer(x)).sum()
         with phase("backward"):
