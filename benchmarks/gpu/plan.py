@@ -2,7 +2,8 @@
 
 Correctness: the few long ones about whole steps first, then round the operations, one case of each
 in turn, bf16 of all before fp16 and fp32. Timings: what targets are about, of every operation,
-beside the quick peers; other problems beside these; then all beside those that compile for long.
+beside the quick peers; the next problems beside these; what targets are about beside those that
+compile for long; then the rest in the same way.
 While others wait, no operation's timings take more than its share (`Operation.share`) of the time
 for timings.
 """
@@ -27,11 +28,11 @@ CHECK_SILENCE_S = 150.0  # four kernels compile before the first row, beside man
 STEP_SILENCE_S = 200.0  # 200 steps twice, or builds and cold compiles between two rows
 KERNEL_SILENCE_S = 90.0
 AUTOTUNE_SILENCE_S = 120.0
-# What targets are about gets more samples. Of 3 s, seven contestants get 40 rounds of 10 ms.
+# What targets are about gets more samples. Of 2 s, seven contestants get 28 rounds of 10 ms.
 LIMITS: dict[int, Row] = {
-    0: {"seconds": 3.0, "most_rounds": 100},
-    1: {"seconds": 2.0, "most_rounds": 60},
-    2: {"seconds": 1.5, "most_rounds": 60},
+    0: {"seconds": 2.0, "most_rounds": 100},
+    1: {"seconds": 1.2, "most_rounds": 60},
+    2: {"seconds": 0.8, "most_rounds": 60},
 }
 
 
@@ -98,7 +99,7 @@ def _correctness(kind: str, operation: Operation, case: Case, dtype: str, dry: b
 
 
 def timing_tasks(dry: bool, only: list[str], ceiling: Row | None) -> list[Task]:
-    """Quick peers before slow ones; of each, by worth, the operations in turn."""
+    """Quick peers before slow ones, a worth ahead; of each, the operations in turn."""
 
     def task(operation: Operation, problem: Problem, slow: bool) -> Task:
         payload = {
@@ -113,8 +114,11 @@ def timing_tasks(dry: bool, only: list[str], ceiling: Row | None) -> list[Task]:
         name = f"timing: {problem.name}{', slow peers' if slow else ''}"
         return Task(name, payload, silence_s, group=operation.name)
 
-    chosen = [pair for worth in LIMITS for pair in problems_in_turn(worth, only)]
-    return [task(*pair, slow) for slow in (False, True) for pair in chosen]
+    return [
+        task(*pair, slow)
+        for worth, slow in ((0, False), (1, False), (0, True), (2, False), (1, True), (2, True))
+        for pair in problems_in_turn(worth, only)
+    ]
 
 
 def most_important(tasks: list[Task]) -> list[Task]:

@@ -78,8 +78,10 @@ def backward_launch(
     rows, width = x.shape
     count = stretches(x, config)
     assert shares is None or shares.shape == (count, width)
-    constants = {
-        **_constants(x, bias, config.backward_rows, config),
+    constants = _constants(x, bias, config.backward_rows, config)
+    if shares is not None and bias is not None and bias.dtype == torch.float32:
+        constants["EXACT"] = True  # dbias is in fp32, whatever dx is rounded to
+    constants |= {
         "BIAS_GRADIENT": shares is not None,
         "STAGES": config.stages,
     }

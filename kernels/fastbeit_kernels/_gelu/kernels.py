@@ -2,7 +2,8 @@
 
     out = s Φ(s)      dx = dout (Φ(s) + s φ(s))      dbias = sum over rows of dx
 
-fp32 takes Φ from erf, as PyTorch does. For 16-bit results erf's two branches are a third of all
+fp32 takes Φ from erf, as PyTorch does (so does the backward of 16 bits with an fp32 bias, whose
+gradient is in fp32). For 16-bit results erf's two branches are a third of all
 instructions, so there Q(z) = 1 - Φ(z), z >= 0, is 2 to the power of a polynomial: 2e-16 of full
 scale past z = 6, and before it 6.4e-6 of itself (fp16 rounds to 4.9e-4). It has no cancellation, so
 that far down the negative side it is closer than 1 + erf.
