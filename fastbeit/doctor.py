@@ -121,7 +121,7 @@ def will_run() -> list[str]:
         f"precision: bf16 unless the recipe says fp32 ({environment.precision().text})",
         choose_backend("auto", device)[1],
         "optimizer: PyTorch's fused AdamW unless --optimizer apex",
-        f"kernels: {kernels_note('auto', device)}",
+        f"kernels: {kernels_note('auto', device, 'bf16')}",
     ]
 
 

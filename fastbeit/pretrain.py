@@ -100,7 +100,7 @@ def train(
     # 2. Model and optimizer, the same on every rank, spread by FSDP2 where there are several.
     model = BeitForMim(config.model, seed=config.run.seed, backends=backends).to(world.device)
     model.set_checkpointing(speed.checkpointing)
-    notes.append(compile_blocks(model, config, world, total_steps))
+    notes.append(compile_blocks(model, config, world, total_steps, graph=speed.graph))
     placement = distributed.place_model(
         model, world, mode=config.run.shard, precision=config.run.precision
     )

@@ -20,6 +20,9 @@ Emit = Callable[[dict[str, Any]], None]
 FP32_EPS = torch.finfo(torch.float32).eps
 SUMS_ROUND = 16.0
 """Units of fp32 by which two compilations' sums may differ, relative to the whole tensor's norm."""
+LOW_SUMS_ROUND = 1 / 64
+"""The same in units of a 16-bit dtype, of fp32 results of 16-bit tensors: differences of products
+that were rounded to it."""
 # Larger inputs are not copied into memory of NaN: small ones show the same mistakes.
 SURROUNDED_BYTES = 2**26
 
@@ -66,22 +69,35 @@ def differing(mine: Outputs, theirs: Outputs) -> list[str]:
     ]
 
 
-def moved(mine: Outputs, theirs: Outputs, dtype: torch.dtype | None = None) -> list[str]:
+def moved(
+    mine: Outputs,
+    theirs: Outputs,
+    dtype: torch.dtype | None = None,
+    inputs: torch.dtype = torch.float32,
+) -> list[str]:
     """Names of tensors that are not the same but for rounding, theirs or that to ``dtype``: another
     memory layout may compile to another kernel, whose long fp32 sums round elsewhere (a product is
-    added fused or not, image after image). Whatever read a NaN is a NaN or far off."""
+    added fused or not, image after image). ``inputs``: the dtype of what they are sums of. Whatever
+    read a NaN is a NaN or far off."""
     wrong = []
     for name, tensor in mine.items():
         if not tensor.is_floating_point():
             same = torch.equal(tensor, theirs[name])
         else:
             difference = (tensor.float() - theirs[name].float()).norm()
-            eps = torch.finfo(dtype or tensor.dtype).eps
-            eps *= SUMS_ROUND if eps == FP32_EPS else 1.0
+            eps = _allowed(tensor.dtype, dtype, inputs)
             same = bool(difference <= eps * tensor.float().norm())
         if not same:
             wrong.append(name)
     return wrong
+
+
+def _allowed(own: torch.dtype, dtype: torch.dtype | None, inputs: torch.dtype) -> float:
+    eps = torch.finfo(dtype or own).eps
+    if eps > FP32_EPS:
+        return eps
+    low = torch.finfo(inputs).eps
+    return SUMS_ROUND * FP32_EPS if low <= FP32_EPS else LOW_SUMS_ROUND * low
 
 
 def check_case(
@@ -130,7 +146,7 @@ def check_case(
         row("batch independent", not changed, reason=_names("depend on the batch", changed))
     if call.bytes() <= SURROUNDED_BYTES:
         inside = call.everything(lambda _, tensor: surrounded_by_nan(tensor))
-        changed = moved(mine, results(function, inside))
+        changed = moved(mine, results(function, inside), inputs=getattr(torch, dtype))
         row("reads nothing else", not changed, reason=_names("change with memory around", changed))
     for name, check in operation.checks.items():
         reason = check(function, call, mine)

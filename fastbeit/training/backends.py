@@ -15,7 +15,7 @@ from fastbeit.model.attention_backends import attend
 from fastbeit.model.backends import AttentionName
 from fastbeit.training.config import PretrainConfig
 from fastbeit.training.setup import DTYPES
-from fastbeit_kernels import SHOWN_ON_A_GPU, why_not
+from fastbeit_kernels import SHOWN_ON_A_GPU, not_shown, why_not
 
 OPERATIONS = (
     "attention",
@@ -50,18 +50,23 @@ def settle_backends(config: PretrainConfig, device: torch.device) -> tuple[Backe
     attention = f"{run.attention}, asked for by name"
     if run.attention == "auto":
         attention = "as the kernels" if run.kernels == "auto" else f"{run.kernels}, as the kernels"
-    notes = [f"kernels: {kernels_note(run.kernels, device)}", f"attention: {attention}"]
+    note = kernels_note(run.kernels, device, run.precision)
+    notes = [f"kernels: {note}", f"attention: {attention}"]
     return Backends(run.kernels, run.attention), notes
 
 
-def kernels_note(asked: str, device: torch.device) -> str:
-    """What ``--kernels`` means on a device for the operations of a step, and why."""
+def kernels_note(asked: str, device: torch.device, precision: str) -> str:
+    """What ``--kernels`` means on a device for the operations of a student's step, and why."""
     if asked != "auto":
         return f"{asked}, asked for by name"
     if device.type == "cpu":
         return "reference (PyTorch; Triton's kernels are for GPUs)"
     if (cant := why_not(device.type, device.index or 0)) is not None:
         return f"reference ({cant})"
+    if (unseen := not_shown(device.type, device.index or 0)) is not None:
+        return f"reference ({unseen}; --kernels triton takes them)"
+    if precision == "fp32":
+        return "reference (the kernels are shown right and faster in 16 bits; --kernels triton)"
     shown = [name for name in OPERATIONS if name in SHOWN_ON_A_GPU]
     others = [name for name in OPERATIONS if name not in SHOWN_ON_A_GPU]
     reason = "no kernel of them has been shown right and faster on a GPU yet; --kernels triton"

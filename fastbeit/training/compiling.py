@@ -26,9 +26,11 @@ another BEiT on such a CPU, repays them after a quarter of that. Ours is not mea
 
 
 def compile_blocks(
-    model: BeitForMim, config: PretrainConfig, world: World, total_steps: int
+    model: BeitForMim, config: PretrainConfig, world: World, total_steps: int, *, graph: bool
 ) -> str:
     """Compile each block in place if the run is to; a line that says what was done, and why.
+
+    ``graph``: the step will be replayed as a CUDA graph.
 
     Before :func:`~fastbeit.training.distributed.shard_model`, whose hooks stay outside the compiled
     code. Nothing is compiled before the first step.
@@ -38,14 +40,16 @@ def compile_blocks(
     """
     images = total_steps * config.run.global_batch / world.size
     flops = images * student_flops(config.model, config.mask.target).total
-    chosen, reason = choose(config.run.compile, config.run.precision, world.device, flops)
+    chosen, reason = choose(config.run.compile, config.run.precision, world.device, flops, graph)
     if chosen:
         for block in model.blocks:
             cast(Block, block).compile()
     return f"compile: {'on' if chosen else 'off'} ({reason})"
 
 
-def choose(asked: str, precision: str, device: torch.device, flops: float) -> tuple[bool, str]:
+def choose(
+    asked: str, precision: str, device: torch.device, flops: float, graph: bool = False
+) -> tuple[bool, str]:
     """Whether to compile, and why. ``flops``: of the student on this process, in the whole run."""
     on_cpu = device.type == "cpu"
     if asked == "off":
@@ -60,7 +64,9 @@ def choose(asked: str, precision: str, device: torch.device, flops: float) -> tu
     if asked == "on":
         return True, "asked for by name"
     if not on_cpu:
-        return False, "not measured on a GPU yet; --compile on does"
+        if graph and precision != "fp32":
+            return True, "measured faster on a GPU in bf16, together with a CUDA graph"
+        return False, "measured slower on a GPU without a CUDA graph; --compile on does"
     if precision == "fp32" or environment.cpu_bf16() is None:
         return False, "measured without gain on a CPU in fp32, or without bf16 products"
     repaid = flops >= REPAID_FLOPS

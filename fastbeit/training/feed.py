@@ -28,7 +28,7 @@ def choose_ahead(asked: str, device: torch.device) -> tuple[bool, str]:
             )
         return False, "the CPU has no idle units to overlap with"
     if asked == "auto":
-        return False, "not measured on a GPU yet; --tokenize-ahead on takes a stream of its own"
+        return False, "its gain is not measured yet; --tokenize-ahead on takes a stream of its own"
     return asked == "on", "asked for by name"
 
 

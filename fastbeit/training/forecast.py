@@ -217,8 +217,8 @@ def _time(
         yield Row(
             f"at {PUBLISHED_IMAGES_PER_S} images/s a GPU",
             _hours(total / PUBLISHED_IMAGES_PER_S / gpus),
-            "published for the official code on V100s; this code is not measured yet: "
-            "give --images-per-s",
+            "published for the official code on V100s; this code's rate depends on the GPU "
+            "(docs/performance.md): give --images-per-s",
         )
     else:
         yield Row("hours", "not known", "nothing measured or published: give --images-per-s")

@@ -30,7 +30,7 @@ from ._api.embedding import embed_patches
 from ._api.gelu import bias_gelu
 from ._api.head import linear_argmax, masked_linear_cross_entropy
 from ._api.layer_norm import scale_residual, scale_residual_layer_norm
-from ._dispatch import SHOWN_ON_A_GPU, Impl, choose, why_not
+from ._dispatch import SHOWN_ON_A_GPU, Impl, choose, not_shown, why_not
 from .reference import MimLoss
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "expand_rel_pos_bias",
     "linear_argmax",
     "masked_linear_cross_entropy",
+    "not_shown",
     "rel_pos_attention",
     "rel_pos_attention_packed",
     "scale_residual",

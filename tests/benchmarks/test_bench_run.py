@@ -16,7 +16,7 @@ import torch
 from benchmarks.gpu import plan, sanitizer
 from benchmarks.gpu.pool import Pool, Task
 from benchmarks.operation import OURS, PASSES
-from benchmarks.operations import OPERATIONS
+from benchmarks.operations import OPERATIONS, problem_by_name
 from benchmarks.operations.attention.cases import FLASH2
 from benchmarks.results import read_environment, read_rows, result_folders
 from benchmarks.suite_rows import NESTED, SuiteRun
@@ -190,6 +190,10 @@ def test_a_group_that_used_its_share_waits_for_the_others(tmp_path: Path) -> Non
 def test_the_most_important_comes_first() -> None:
     checks = plan.correctness_tasks(False, [])
     dtypes = [task.payload["dtype"] for task in checks if task.payload["kind"] == "correctness"]
+    kinds = [task.payload["kind"] for task in checks]
+    steps = kinds.index("correctness")  # the long ones begin at once, and end with the others
+    assert sorted(set(kinds[:steps])) == ["curve", "replay"] and "curve" not in kinds[steps:]
+    checks = checks[steps:]
     assert checks[0].payload["case"] == "BEiT at 224 pixels" and dtypes[0] == "bfloat16"
     assert dtypes.index("float16") > 10
     assert {"bfloat16", "float16", "float32"} == set(dtypes)
@@ -202,8 +206,12 @@ def test_the_most_important_comes_first() -> None:
     all_problems = [problem for op in OPERATIONS for problem in op.problems]
     assert len(timings) == 2 * len(all_problems)
     first = sum(problem.worth == 0 for problem in all_problems)
+    second = first + sum(problem.worth == 1 for problem in all_problems)
     slow = [task.payload["slow"] for task in timings]
-    assert slow[: 2 * first] == [False] * first + [True] * first
+    assert slow[: second + first] == [False] * second + [True] * first
+    most = plan.most_important(timings)
+    assert [task.payload["slow"] for task in most] == [False] * first
+    assert {problem_by_name(task.payload["problem"])[1].worth for task in most} == {0}
     named = {target.problem for op in OPERATIONS for target in op.targets}
     assert named <= {problem.name for problem in all_problems if problem.worth == 0}
 
@@ -216,7 +224,7 @@ def test_no_operation_takes_all_the_time() -> None:
     first = [
         task
         for task in plan.timing_tasks(False, [], None)
-        if task.payload["limits"]["seconds"] == 3.0
+        if task.payload["limits"] == plan.LIMITS[0]
     ]
     assert plan.measuring_s(first) <= 0.45 * 300.0
     for operation in OPERATIONS:

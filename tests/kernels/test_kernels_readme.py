@@ -9,7 +9,7 @@ from peer_models import peer
 
 import fastbeit_kernels
 
-NO_OPERATIONS = {"Impl", "MimLoss", "SHOWN_ON_A_GPU", "choose", "why_not"}
+NO_OPERATIONS = {"Impl", "MimLoss", "SHOWN_ON_A_GPU", "choose", "not_shown", "why_not"}
 EXAMPLES = 9
 
 

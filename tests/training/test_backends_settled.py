@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 
 
 def asking(**run: Any) -> PretrainConfig:
-    """A small model with a trained bias, in fp32."""
+    """A small model with a trained bias, in fp32 unless asked otherwise."""
     base = load_recipe("smoke")
     model = replace(base.model, position="relative", image_size=16)
-    return replace(base, model=model, run=replace(base.run, precision="fp32", **run))
+    return replace(base, model=model, run=replace(base.run, **{"precision": "fp32", **run}))
 
 
 def test_auto_on_a_cpu_is_the_reference_and_says_so() -> None:
@@ -79,18 +79,29 @@ def test_a_backend_without_a_gradient_for_the_bias_is_refused(monkeypatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("shown", "cant", "said"),
+    ("shown", "cant", "unseen", "precision", "said"),
     [
-        ((), None, r"kernels: reference \(no kernel of them has been shown .*--kernels triton"),
-        (OPERATIONS, None, r"kernels: triton for attention, .*layer_norm \(shown right and faster"),
-        (("attention",), None, r"triton for attention \(shown .*; reference for attention_packed"),
-        (OPERATIONS, "this GPU is old", r"kernels: reference \(this GPU is old\)"),
+        (
+            (),
+            None,
+            None,
+            "bf16",
+            r"reference \(no kernel of them has been shown .*--kernels triton",
+        ),
+        (OPERATIONS, None, None, "bf16", r"triton for attention, .*layer_norm \(shown right and"),
+        (("attention",), None, None, "bf16", r"triton for attention \(shown .*; reference for att"),
+        (OPERATIONS, "it is old", None, "bf16", r"kernels: reference \(it is old\)"),
+        (OPERATIONS, None, "it is new", "bf16", r"reference \(it is new; --kernels triton takes"),
+        (OPERATIONS, None, None, "fp32", r"reference \(the kernels are shown .* in 16 bits"),
     ],
 )
-def test_auto_on_a_gpu_says_which_operations_run_on_what(monkeypatch, shown, cant, said) -> None:
+def test_auto_on_a_gpu_says_which_operations_run_on_what(
+    monkeypatch, shown, cant, unseen, precision, said
+) -> None:
     monkeypatch.setattr(backends_module, "SHOWN_ON_A_GPU", frozenset(shown))
     monkeypatch.setattr(backends_module, "why_not", lambda kind, index: cant)
-    _, notes = settle_backends(asking(), torch.device("cuda", 0))
+    monkeypatch.setattr(backends_module, "not_shown", lambda kind, index: unseen)
+    _, notes = settle_backends(asking(precision=precision), torch.device("cuda", 0))
     assert re.search(said, notes[0])
 
 

@@ -35,13 +35,20 @@ def amx(monkeypatch) -> None:
     monkeypatch.setattr(compiling, "has_cpp_compiler", lambda: True)
 
 
+def test_with_a_cuda_graph_blocks_are_compiled_in_bf16() -> None:
+    chosen, reason = compiling.choose("auto", "bf16", GPU, 0.0, graph=True)
+    assert chosen and "together with a CUDA graph" in reason
+    assert not compiling.choose("auto", "fp32", GPU, 1e20, graph=True)[0]
+    assert not compiling.choose("off", "bf16", GPU, 1e20, graph=True)[0]
+
+
 @pytest.mark.parametrize(
     ("asked", "precision", "device", "flops", "chosen", "reason"),
     [
         ("auto", "bf16", CPU, 2e15, True, "2.0e+15 FLOP to do, and from 1e+15 on"),
         ("auto", "bf16", CPU, 5e14, False, "5.0e+14 FLOP to do"),
         ("auto", "fp32", CPU, 1e20, False, "without gain on a CPU in fp32"),
-        ("auto", "bf16", GPU, 1e20, False, "not measured on a GPU yet"),
+        ("auto", "bf16", GPU, 1e20, False, "slower on a GPU without a CUDA graph"),
         ("on", "fp32", CPU, 0.0, True, "asked for by name"),
         ("on", "bf16", GPU, 0.0, True, "asked for by name"),
         ("off", "bf16", CPU, 1e20, False, "asked for by name"),
@@ -81,8 +88,12 @@ def test_a_run_is_measured_by_its_whole_length_on_one_process(amx, world) -> Non
     with torch.device("meta"):
         model = BeitForMim(BeitConfig(width=32, depth=1, heads=2))
     # 103 GFLOP an image, 2048 images a step: the fifth step passes 1e15.
-    assert compiling.compile_blocks(model, base, world, 4).startswith("compile: off (a process")
-    assert compiling.compile_blocks(model, base, world, 5).startswith("compile: on (a process")
+    assert compiling.compile_blocks(model, base, world, 4, graph=False).startswith(
+        "compile: off (a process"
+    )
+    assert compiling.compile_blocks(model, base, world, 5, graph=False).startswith(
+        "compile: on (a process"
+    )
 
 
 def gradients(model: BeitForMim, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -108,7 +119,7 @@ def test_checkpoint_compile_shard_change_no_gradient(amx, world, monkeypatch) ->
     base = load_recipe("beit-base-in1k")
     torch._dynamo.reset()
     counters.clear()
-    assert "on (" in compiling.compile_blocks(model, base, world, 500_000)
+    assert "on (" in compiling.compile_blocks(model, base, world, 500_000, graph=False)
     mesh = distributed.make_mesh(world, "zero3")
     distributed.shard_model(model, mesh, mode="zero3", precision="fp32")
     for name, grad in gradients(model, images).items():
@@ -119,7 +130,7 @@ def test_checkpoint_compile_shard_change_no_gradient(amx, world, monkeypatch) ->
 
     frugal = BeitForMim(config, seed=0)
     frugal.set_checkpointing(True)
-    assert "on (" in compiling.compile_blocks(frugal, base, world, 500_000)
+    assert "on (" in compiling.compile_blocks(frugal, base, world, 500_000, graph=False)
     distributed.shard_model(frugal, mesh, mode="zero3", precision="fp32")
     for name, grad in gradients(frugal, images).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-7, msg=name)

@@ -219,7 +219,9 @@ def test_who_gets_graphs_and_why(world) -> None:
     assert choose_graph("auto", world, "adamw") == (False, "the step runs on the CPU")
     assert choose_graph("on", on_gpu, "adamw") == (True, "asked for by name")
     chosen, reason = choose_graph("auto", on_gpu, "adamw")
-    assert not chosen and "--cuda-graph on" in reason
+    assert chosen and "measured faster" in reason
+    chosen, reason = choose_graph("auto", replace(on_gpu, size=2), "adamw")
+    assert not chosen and "2 ranks" in reason
     with pytest.raises(ValueError, match="2 ranks"):
         choose_graph("on", replace(on_gpu, size=2), "adamw")
     with pytest.raises(ValueError, match="apex reads back"):
