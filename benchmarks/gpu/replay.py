@@ -25,12 +25,9 @@ if TYPE_CHECKING:  # fastbeit needs more packages than the kernels do: imported 
 
 CASE = "replayed step"
 DTYPES = ("bfloat16", "float32")
-ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
-"""Relative gap of losses: the rounding of another order of sums, which AdamW's first steps (each
-weight moves by the rate, whatever its gradient's size) amplify. What is read at the wrong time is
-off by percents: no batch is like another."""
-NORMS_FACTOR = 10
-"""A gradient's norm is less smooth than a loss."""
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+"""Relative gap of losses and gradient norms: the rounding of another order of sums. (An H200 gave 0,
+and 5e-8 with compiled blocks.)"""
 STEPS, BATCH, ACCUMULATION = 12, 16, 2
 LEARNING_RATE = 1e-4
 
@@ -137,9 +134,7 @@ def check_replay(dtype: str, device: torch.device, emit: Emit, *, shrink: bool) 
             found = numbers(problem, world, precision, way)
             # Compiled, products' epilogues are rounded elsewhere.
             allowed = ALLOWED[precision] * (10 if way.compiled else 1)
-            gaps = ((found - plain).abs() / plain.abs()).amax(0)
-            gaps[1] /= NORMS_FACTOR
-            gap = gaps.max().item()
+            gap = ((found - plain).abs() / plain.abs()).max().item()
             passed = gap <= allowed  # a NaN fails
             told = "" if passed else f"losses or norms differ by {gap:.1e}, {allowed:g} at most"
             emit(
