@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # fastbeit needs more packages than the kernels do: imported 
 CASE = "replayed step"
 DTYPES = ("bfloat16", "float32")
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
-"""Relative gap of losses and gradient norms: the rounding of another order of sums. (An H200 gave 0,
-and 5e-8 with compiled blocks.)"""
+"""Relative gap of losses and gradient norms: the rounding of another order of sums. (An H200 gave
+0, and 5e-8 with compiled blocks.)"""
 STEPS, BATCH, ACCUMULATION = 12, 16, 2
 LEARNING_RATE = 1e-4
 
