@@ -143,8 +143,11 @@ class WorkerPool(Generic[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
-        return _convert(batch, np.ndarray, torch.from_numpy)
+        batch = _convert(next(self._iterator), np.ndarray, torch.from_numpy)
+        if self._pin_memory and torch.cuda.is_available():
+            # Tensors are already; arrays, where shared memory is small, DataLoader leaves alone.
+            batch = _convert(batch, torch.Tensor, torch.Tensor.pin_memory)
+        return batch
 
     def close(self) -> None:
         """End the workers; what they had ready is dropped."""
