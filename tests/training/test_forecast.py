@@ -184,7 +184,7 @@ def test_the_plan_of_the_base_recipe() -> None:
     assert "160 GFLOP without" in plan["whole step"][1]
     # 16 GPUs at the published rate: the paper's "about five days".
     assert plan["at 148 images/s a GPU"][0] == "120 h"
-    assert "not measured yet" in plan["at 148 images/s a GPU"][1]
+    assert "depends on the GPU" in plan["at 148 images/s a GPU"][1]
     assert plan["a checkpoint"][0] == "1.1 GB"
 
 
