@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.call import Call, Function, Outputs, results
 from benchmarks.gpu import integration
-from benchmarks.gpu.correctness import check_case, fresh_memory_is_nan, surrounded_by_nan
+from benchmarks.gpu.correctness import check_case, fresh_memory_is_nan, surrounded
 from benchmarks.judge import judge
 from benchmarks.operation import Case
 from benchmarks.operations import attention
@@ -129,7 +129,7 @@ def test_reading_beside_a_tensor_is_caught() -> None:
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_values_among_nan_keep_their_order_in_memory(order: torch.memory_format) -> None:
     tensor = torch.randn(2, 3, 4, 5).contiguous(memory_format=order)
-    inside = surrounded_by_nan(tensor)
+    inside = surrounded(tensor, float("nan"))
     assert torch.equal(inside, tensor)
     assert inside._base is not None and inside._base.isnan().any()
     ranks = [sorted(range(4), key=lambda dim: x.stride(dim)) for x in (inside, tensor)]
